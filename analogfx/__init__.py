@@ -1,0 +1,50 @@
+"""Compile PyTorch models into models for analog in-memory-computing chips."""
+
+from analogfx import errors, recipes
+from analogfx.api import analogize, to_digital
+from analogfx.checkpoint import load, save
+from analogfx.config import (
+    InputRangeParameter,
+    IOParameters,
+    MappingParameter,
+    PrePostProcessingParameter,
+    TorchInferenceRPUConfig,
+    WeightClipParameter,
+    WeightClipType,
+    WeightModifierParameter,
+    WeightModifierType,
+    WeightNoiseInjectionType,
+    WeightQuantizationType,
+)
+from analogfx.evaluation import programmed
+from analogfx.report import report
+from analogfx.trace import trace
+from analogfx.training import clip_after_step, clip_weights, quantize_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IOParameters",
+    "InputRangeParameter",
+    "MappingParameter",
+    "PrePostProcessingParameter",
+    "TorchInferenceRPUConfig",
+    "WeightClipParameter",
+    "WeightClipType",
+    "WeightModifierParameter",
+    "WeightModifierType",
+    "WeightNoiseInjectionType",
+    "WeightQuantizationType",
+    "analogize",
+    "clip_after_step",
+    "clip_weights",
+    "errors",
+    "load",
+    "programmed",
+    "quantize_weights",
+    "recipes",
+    "report",
+    "save",
+    "to_digital",
+    "trace",
+]

@@ -1,0 +1,65 @@
+"""The shell command ``analogfx``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analogfx import __version__
+from analogfx.errors import AnalogfxError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status.
+
+    An error that analogfx raises on purpose is told on stderr, without a traceback, and gives 2.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except AnalogfxError as error:
+        print(f"analogfx: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="analogfx", description="Compile PyTorch models for analog in-memory-computing chips."
+    )
+    parser.add_argument("--version", action="version", version=f"analogfx {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "Train a small CNN on handwritten digits for an analog chip, and show what that gains."
+    demo = commands.add_parser("demo", help=text, description=text)
+    demo.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    demo.add_argument("--seed", type=int, help="of data split, training and noise (default: 0)")
+    demo.add_argument("--epochs", type=_positive, help="of each of the three trainings")
+    demo.add_argument("--quick", action="store_true", help="a rough result in a few seconds")
+    demo.set_defaults(run=_run_demo)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    return number
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from analogfx import demo  # not above: --help does without torch's optimizers and the like
+
+    given = {name: getattr(arguments, name) for name in ("seed", "epochs")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings = demo.quick(**chosen) if arguments.quick else demo.Settings(**chosen)
+    print(demo.table(demo.run(arguments.out, settings)))
+    print(f"\nWritten to {arguments.out.resolve()}: {', '.join(demo.FILES)}")

@@ -1,0 +1,412 @@
+"""A rewritten graph and its state as a module again.
+
+The module's class is swapped for a subclass of its own class that runs the rewritten graph. What
+a site needs besides its weight is registered on the module under Lightning's names:
+``input_range`` (k,), ``input_range_update_idx`` (k,) int64, ``x_min`` and ``x_max`` (k,), and
+``learnable_weight_clip`` (k, O), for k tiles along the inputs and O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from analogfx.capture import (
+    Pattern,
+    bind,
+    capture,
+    default_pattern,
+    pattern_of,
+    source,
+    takes_constants,
+)
+from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
+from analogfx.kernels import reference as ref
+from analogfx.passes import pipeline
+from analogfx.passes.contract import Context, Decision, Site, StateNames
+
+_explicit = False
+"""Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
+
+
+class explicit_level:  # noqa: N801
+    """Context in which analog modules run one node for every role, for whoever reads graphs."""
+
+    def __enter__(self) -> None:  # noqa: D105
+        global _explicit
+        self.before, _explicit = _explicit, True
+
+    def __exit__(self, *_: object) -> None:  # noqa: D105
+        global _explicit
+        _explicit = self.before
+
+
+@dataclass(frozen=True)
+class AnalogSite:
+    """One analog product of a module."""
+
+    name: str
+    """The parameter it multiplies by."""
+    in_sizes: tuple[int, ...]
+    out_sizes: tuple[int, ...]
+    groups: int
+    state: StateNames
+    weight: Callable[[nn.Module], Tensor]
+    """Gives the product's weight for a module: (O, I), or torch's layout of a convolution."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the passes made of one forward, shared by all modules that look alike."""
+
+    explicit: Callable[..., Any]
+    fused: Callable[..., Any]
+    decisions: tuple[Decision, ...]
+    sites: tuple[AnalogSite, ...]
+
+
+def build(
+    module: nn.Module,
+    config: Resolved | None,
+    training: bool,
+    pattern: Pattern,
+    debug_dir: Path | None = None,
+) -> Program:
+    """Capture a module's forward and run the passes over it.
+
+    Args:
+        config: scalars of the module's sites; None leaves its products digital.
+        debug_dir: where to write the graph after every pass.
+
+    Raises:
+        CaptureError: the forward cannot be traced.
+    """
+    graph = capture(module, training, pattern)
+    context = Context(config, training)
+    after = None
+    if debug_dir is not None:
+        after = functools.partial(_write, debug_dir, itertools.count(1))
+        _write(debug_dir, itertools.count(), "capture", graph, 0)
+    pipeline.run(pipeline.EXPLICIT, graph, context, after)
+    sites = tuple(_analog_site(site) for site in context.sites)
+    explicit = bind(graph)
+    pipeline.run(pipeline.FUSED, graph, context, after)
+    return Program(explicit, bind(graph), tuple(pipeline.decisions(graph)), sites)
+
+
+def _write(folder: Path, numbers: Iterator[int], name: str, graph: Graph, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"# after {name}: {count} changed\n{source(graph)}"
+    (folder / f"{next(numbers):02d}_{name}.py").write_text(text)
+
+
+def _analog_site(site: Site) -> AnalogSite:
+    return AnalogSite(
+        site.decision.name,
+        site.in_sizes,
+        site.out_sizes,
+        site.groups,
+        site.state,
+        _weight_function(site.weight),
+    )
+
+
+def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
+    """The part of a graph that computes a weight from the module's parameters."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node) -> Node:
+        if node not in copies:
+            for needed in node.all_input_nodes:
+                copy(needed)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return copies[node]
+
+    graph.output(copy(weight))
+    return bind(graph)
+
+
+class Placement:
+    """What makes a module analog: its config, its sites and its programs."""
+
+    def __init__(self, number: int, config: TorchInferenceRPUConfig) -> None:
+        """A placement without programs; see :meth:`prepare`."""
+        self.number = number
+        """Keeps like draws of different modules apart in a compiled graph."""
+        self.config = config
+        self.programs: dict[tuple[bool, Pattern], Program] = {}
+        self.takes_constants = False
+
+    @property
+    def sites(self) -> tuple[AnalogSite, ...]:
+        """The module's analog products."""
+        return next(iter(self.programs.values())).sites
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was decided about every product of the module."""
+        return next(iter(self.programs.values())).decisions
+
+    def state_names(self) -> list[str]:
+        """Names of everything that the sites may have registered on the module."""
+        return [name for site in self.sites for name in site.state.all()]
+
+    def prepare(self, module: nn.Module) -> None:
+        """Build the programs of both modes for a call with the required arguments."""
+        self.takes_constants = takes_constants(module)
+        for training in (True, False):
+            self.program(module, training, default_pattern(module))
+
+    def adopt(self, module: nn.Module, programs: dict[tuple[bool, Pattern], Program]) -> None:
+        """Take programs that were built for a module that looks alike."""
+        self.takes_constants = takes_constants(module)
+        self.programs = programs
+
+    def program(self, module: nn.Module, training: bool, pattern: Pattern) -> Program:
+        """The program for a mode and for the constants of a call, built on its first use."""
+        program = self.programs.get((training, pattern))
+        if program is None:
+            program = build(module, resolve(self.config), training, pattern)
+            self.programs[training, pattern] = program
+        return program
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's graph for its mode."""
+        pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
+        program = self.program(module, module.training, pattern)
+        run = program.explicit if _explicit else program.fused
+        return run(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
+        """A copy with its own config; programs never change and stay shared."""
+        twin = Placement(self.number, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
+        twin.programs = dict(self.programs)
+        twin.takes_constants = self.takes_constants
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the programs, which are built again after unpickling."""
+        return self.__dict__ | {"config": self.config.to_dict(), "programs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, config=TorchInferenceRPUConfig.from_dict(state["config"]))
+
+
+class AnalogModule(nn.Module):
+    """Mixin in front of a module's own class; never made by itself."""
+
+    _analog: Placement
+    digital_class: type[nn.Module]
+
+    def extra_repr(self) -> str:
+        """The class's own text and the tile grid."""
+        grids = [f"{len(s.in_sizes)}x{len(s.out_sizes)}" for s in self._analog.sites]
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}tiles={', '.join(grids)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogModule:
+        # Ranges, their statistics and learned clips stay in single precision in a half model.
+        names = self._analog.state_names()
+        state = [t for n in names if (t := getattr(self, n, None)) is not None]
+        ours = {id(t) for t in state} | {id(t.grad) for t in state if t.grad is not None}
+        were_meta = any(t.is_meta for t in state)
+
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            if id(t) in ours and out.dtype in (torch.float16, torch.bfloat16):
+                return t.to(out.device)
+            return out
+
+        super()._apply(keep_precision, recurse)
+        if were_meta:
+            for site in self._analog.sites:
+                if not getattr(self, site.state.all()[0], torch.empty(0)).is_meta:
+                    reset_state(self, site)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A digital checkpoint has no analog state: ranges stay what they are, and learned clips
+        # start from the weights that are loaded.
+        fresh = set()
+        for site in self._analog.sites:
+            for name in site.state.all():
+                current = getattr(self, name, None)
+                if current is None:
+                    continue
+                key = prefix + name
+                if key in state_dict:
+                    state_dict[key] = _as_state(state_dict[key], current)
+                    continue
+                if current.is_meta or name == site.state.clip:
+                    fresh.add(name)
+                state_dict[key] = torch.empty_like(current, device="cpu") if (
+                    current.is_meta
+                ) else current
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for site in self._analog.sites:
+            reset_state(self, site, fresh)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        return (_blank, (self.digital_class,), *made[2:])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self._analog.programs:
+            self._analog.prepare(self)
+
+
+def _as_state(value: Tensor, current: Tensor) -> Tensor:
+    """A loaded value in the state's own dtype; the reference counts in floats, up to -inf."""
+    if not current.is_floating_point() and value.is_floating_point():
+        closed = float(1 << 31)  # a calibrated range is not learned from data again
+        value = torch.nan_to_num(value.float(), nan=closed, posinf=closed, neginf=closed)
+    return value.to(current.dtype)
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    """An analog module without contents, for unpickling."""
+    cls = analog_class(base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def analog_class(base: type[nn.Module]) -> type[AnalogModule]:
+    """The subclass of a module's class that runs the module's analog programs."""
+
+    @functools.wraps(base.forward)
+    def forward(self: AnalogModule, *args: Any, **kwargs: Any) -> Any:
+        return self._analog.forward(self, args, kwargs)
+
+    name = f"Analog{base.__name__}"
+    members = {
+        "forward": forward,
+        "digital_forward": base.forward,
+        "digital_class": base,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    return type(name, (AnalogModule, base), members)
+
+
+# ------------------------------------------------------------------------------------- state
+
+
+def reset_state(module: nn.Module, site: AnalogSite, only: set[str] | None = None) -> None:
+    """Give a site's state its initial values; learned clips start at the rows' largest weights.
+
+    Args:
+        only: names to reset, None for all.
+    """
+    analog = module._analog
+    assert isinstance(analog, Placement)
+    values: dict[str, Any] = {
+        site.state.input_range: resolve(analog.config).init_value,
+        site.state.count: 0,
+        site.state.x_min: -ref.UNTOUCHED,
+        site.state.x_max: ref.UNTOUCHED,
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            state = getattr(module, name, None)
+            if state is not None and (only is None or name in only):
+                state.fill_(value)
+        clip = getattr(module, site.state.clip, None)
+        if clip is not None and (only is None or site.state.clip in only):
+            clip.copy_(row_maxima(site, site.weight(module)))
+
+
+def row_maxima(site: AnalogSite, weight: Tensor) -> Tensor:
+    """Largest magnitude of every row of every input tile, (k, O)."""
+    matrix = weight.flatten(1)
+    return torch.stack([ref.row_max(tile) for tile in matrix.split(list(site.in_sizes), dim=1)])
+
+
+def _register_state(module: nn.Module, site: AnalogSite, config: Resolved) -> None:
+    with torch.no_grad():
+        weight = site.weight(module)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    tiles = len(site.in_sizes)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+
+    names = site.state
+    if config.has_state:
+        trained = nn.Parameter(empty(tiles), requires_grad=config.learn_range)
+        module.register_parameter(names.input_range, trained)
+        module.register_buffer(names.count, empty(tiles, dtype=torch.int64))
+        module.register_buffer(names.x_min, empty(tiles))
+        module.register_buffer(names.x_max, empty(tiles))
+    if config.learnable_clip:
+        module.register_parameter(names.clip, nn.Parameter(empty(tiles, sum(site.out_sizes))))
+    reset_state(module, site)
+
+
+# ------------------------------------------------------------------------------ there and back
+
+# Torch's fused encoder reads the weights of its children and never calls them; these attributes
+# are its own conditions for doing so.
+_FAST_PATHS = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def swap(module: nn.Module, placement: Placement) -> None:
+    """Make a module analog in place. Its placement must have programs with sites.
+
+    Raises:
+        CaptureError: the module already has an attribute that a site needs.
+    """
+    module._analog = placement  # type: ignore[assignment]
+    module.__class__ = analog_class(type(module))
+    config = resolve(placement.config)
+    for site in placement.sites:
+        _register_state(module, site, config)
+
+
+def unswap(module: AnalogModule) -> None:
+    """Make an analog module digital again in place."""
+    for name in module._analog.state_names():
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
+    module.__class__ = module.digital_class  # type: ignore[assignment]
+    del module._analog
+
+
+def close_fast_paths(model: nn.Module) -> None:
+    """Keep torch's fused encoder from going around analog layers."""
+    for module in model.modules():
+        for kind, (name, closed) in _FAST_PATHS.items():
+            analog = any(isinstance(m, AnalogModule) for m in module.modules())
+            if isinstance(module, kind) and analog and "_analog_closed" not in module.__dict__:
+                module._analog_closed = {name: getattr(module, name, None)}  # type: ignore
+                setattr(module, name, closed)
+
+
+def open_fast_paths(model: nn.Module) -> None:
+    """Undo :func:`close_fast_paths`."""
+    for module in model.modules():
+        for name, value in module.__dict__.pop("_analog_closed", {}).items():
+            setattr(module, name, value)
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:
+    """Every analog site of a model, as (module path, module, site)."""
+    for path, module in model.named_modules():
+        if isinstance(module, AnalogModule):
+            for site in module._analog.sites:
+                yield path, module, site

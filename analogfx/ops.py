@@ -1,0 +1,439 @@
+"""The dialect: one ``torch.library`` op for every kind of node, namespace ``analogfx``.
+
+Two levels. *Explicit*: a node for every role (range, DAC, weight modification, MVM, output noise,
+ADC), which is what a reader of a graph sees. *Fused*: ``analog_linear`` and ``analog_conv``, a
+whole site each. Both run, so a pass can be checked by running the graph before and after it.
+
+Every op is functional (no op writes to its inputs), takes its randomness as (seed, stream), reads
+nothing back to the host, and has a fake and an autograd formula. The arithmetic is in
+:mod:`analogfx.kernels`; this module only names it to torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analogfx.kernels import conv, linear, noise, statistics
+from analogfx.kernels import reference as ref
+from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import MVMSpec, schema
+
+_library = torch.library.Library("analogfx", "DEF")
+_SPEC, _WINDOW = schema(MVMSpec), schema(Window)
+
+# Inside a site autocast has had its say (see `autocast`): nothing below may be cast again.
+_AUTOCAST = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
+
+
+def _define(
+    name: str,
+    arguments: str,
+    returns: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register one op with its schema, implementation, fake and (if it has one) derivative."""
+    _library.define(f"{name}({arguments}) -> {returns}")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"analogfx::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"analogfx::{name}", backward, setup_context=setup, lib=_library
+        )
+    op = getattr(torch.ops.analogfx, name).default
+    for key in _AUTOCAST:
+
+        def below_autocast(*args: Any, _key: Any = key, _op: Any = op) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+                return _op(*args)
+
+        _library.impl(name, below_autocast, key.name)
+
+
+def autocast(x: Tensor | None) -> Tensor | None:
+    """``x`` in the dtype that ``nn.Linear`` would compute in here: autocast's, if it is on."""
+    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _wide_like(x: Tensor, shape: Sequence[Any] | None = None) -> Tensor:
+    """An empty tensor in the precision that sites compute in."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape if shape is None else shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------- randomness, statistics
+
+_define(
+    "draw_seed",
+    "Tensor x, int module, int site",  # the arguments only keep like draws from being merged
+    "Tensor",
+    lambda x, *_: noise.draw_seed(x.device),
+    lambda x, *_: x.new_empty((), dtype=torch.int64),
+)
+
+_define(
+    "normal_like",
+    "Tensor x, Tensor seed, int stream",
+    "Tensor",
+    lambda x, seed, stream: noise.normal(seed, stream, x.shape, ref.wide(x.new_empty(0)).dtype),
+    lambda x, seed, stream: _wide_like(x),
+)
+
+
+def _update_range(
+    x: Tensor,
+    input_range: Tensor,
+    count: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    range_mode: str,
+    groups: int,
+    in_sizes: list[int],
+    init_from_data: int,
+    init_std_alpha: float,
+    momentum: float,
+    *window: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return statistics.update_range(
+        x,
+        input_range,
+        count,
+        x_min,
+        x_max,
+        range_mode,
+        groups,
+        in_sizes,
+        Window(*window) if window[0] else None,
+        init_from_data,
+        init_std_alpha,
+        momentum,
+    )
+
+
+_define(
+    "update_range",
+    "Tensor x, Tensor input_range, Tensor count, Tensor x_min, Tensor x_max, str range_mode, "
+    "int groups, int[] in_sizes, int init_from_data, float init_std_alpha, float momentum, "
+    + _WINDOW,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _update_range,
+    lambda x, *state_and_rest: tuple(torch.empty_like(t) for t in state_and_rest[:4]),
+)
+
+_define(
+    "dynamic_range",
+    "Tensor x",
+    "Tensor",
+    lambda x: ref.range_dynamic(x).to(ref.wide(x.new_empty(0)).dtype, copy=True),
+    lambda x: _wide_like(x, (*x.shape[:-1], 1)),
+)
+
+# ------------------------------------------------------------------------------ explicit level
+
+
+def _dac_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, input_range, _, ctx.range_mode, ctx.decay, ctx.input_min_percentage = inputs
+    ctx.save_for_backward(x, input_range)
+
+
+def _dac_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, input_range = ctx.saved_tensors
+    if ctx.range_mode == "dynamic":
+        return grad.to(x.dtype), None, None, None, None, None
+    grad_range = None
+    if ctx.needs_input_grad[1]:
+        if ctx.range_mode == "fast":
+            grad_range = ref.range_grad_fast(grad, x, input_range)
+        else:
+            data = ref.saturation_grad(grad, x, input_range)
+            saturated = (ref.wide(x).abs() >= input_range).sum() / x.numel()
+            grad_range = ref.range_grad(
+                data, saturated, input_range, ctx.decay, ctx.input_min_percentage
+            )
+    return ref.dac_backward(grad, x, input_range).to(x.dtype), grad_range, None, None, None, None
+
+
+_define(
+    "dac",
+    "Tensor x, Tensor input_range, float inp_res, str range_mode, float decay, "
+    "float input_min_percentage",
+    "Tensor",
+    lambda x, input_range, inp_res, range_mode, decay, input_min_percentage: ref.dac(
+        x, input_range, inp_res, range_mode != "dynamic"
+    ),
+    lambda x, *_: _wide_like(x),
+    _dac_setup,
+    _dac_backward,
+)
+
+_define(
+    "row_max",
+    "Tensor w",
+    "Tensor",
+    lambda w: ref.row_max(w),
+    lambda w: _wide_like(w, w.shape[:-1]),
+)
+
+_define(
+    "tile_max",
+    "Tensor row_max, int[] out_sizes",
+    "Tensor",
+    lambda row, out_sizes: ref.tile_max(row, out_sizes).clone(),
+    lambda row, out_sizes: torch.empty_like(row),
+)
+
+_define(
+    "quantize_weight",
+    "Tensor w, Tensor bound, float weight_states",
+    "Tensor",
+    ref.quantize_weight,
+    lambda w, *_: _wide_like(w),
+    lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
+    lambda ctx, grad: (grad.to(ctx.dtype), None, None),  # straight through
+)
+
+
+def _clip_weight(w: Tensor, clip: Tensor, weight_states: float) -> Tensor:
+    if weight_states:
+        return ref.quantize_weight(w, ref.wide(clip).abs(), weight_states)
+    return ref.clip_weight(w, clip)
+
+
+def _clip_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, clip, ctx.weight_states = inputs
+    ctx.save_for_backward(w, clip)
+
+
+def _clip_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    w, clip = ctx.saved_tensors
+    grad_w, grad_clip = ref.weight_backward(grad, w, clip, ctx.weight_states)
+    return grad_w.to(w.dtype), grad_clip.to(clip.dtype), None
+
+
+_define(
+    "clip_weight",
+    "Tensor w, Tensor clip, float weight_states",
+    "Tensor",
+    _clip_weight,
+    lambda w, *_: _wide_like(w),
+    _clip_weight_setup,
+    _clip_weight_backward,
+)
+
+_define(
+    "weight_noise",
+    "Tensor w, Tensor a, Tensor normal, float noise_std",
+    "Tensor",
+    lambda w, a, normal, noise_std: normal * (noise_std * a).unsqueeze(-1) + ref.wide(w),
+    lambda w, *_: _wide_like(w),
+    lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
+    lambda ctx, grad: (grad.to(ctx.dtype), None, None, None),
+)
+
+
+def _rows(x: Tensor, w: Tensor) -> Tensor:
+    """(..., I) or (..., groups, I) as (N, ...)."""
+    return ref.wide(x).reshape(-1, *x.shape[1 - w.dim() :])
+
+
+def _mvm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mvm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, w = ctx.saved_tensors
+    flat_x, flat_g = _rows(x, w), grad.reshape(-1, *w.shape[:-1])
+    grad_x = linear.product(flat_g, ref.wide(w).mT).view(x.shape)
+    return grad_x.to(x.dtype), linear.outer(flat_g, flat_x).to(w.dtype)
+
+
+def _mvm(x: Tensor, w: Tensor) -> Tensor:
+    y = linear.product(_rows(x, w), ref.wide(w))
+    return y.reshape(*x.shape[: 1 - w.dim()], *w.shape[:-1])
+
+
+_define(
+    "mvm",
+    "Tensor x, Tensor w",
+    "Tensor",
+    _mvm,
+    lambda x, w: _wide_like(x, (*x.shape[: 1 - w.dim()], *w.shape[:-1])),
+    _mvm_setup,
+    _mvm_backward,
+)
+
+_define(
+    "output_noise",
+    "Tensor y, Tensor a, Tensor input_range, Tensor normal, float strength",
+    "Tensor",
+    ref.output_noise,
+    lambda y, *_: _wide_like(y),
+    lambda ctx, inputs, output: None,
+    lambda ctx, grad: (grad, None, None, None, None),
+)
+
+
+def _adc(y: Tensor, a: Tensor, input_range: Tensor, out_bound: float, out_res: float) -> Tensor:
+    bound = ref.adc_bound(input_range, a, out_bound)
+    return ref.clamp_to(ref.adc(y, bound, out_res), bound)
+
+
+def _adc_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, a, input_range, ctx.out_bound, ctx.out_res = inputs
+    ctx.save_for_backward(y, a, input_range)
+
+
+def _adc_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, a, input_range = ctx.saved_tensors
+    bound = ref.adc_bound(input_range, a, ctx.out_bound)
+    clipped = ref.adc(y, bound, ctx.out_res).abs() > bound
+    return grad.masked_fill(clipped, 0.0), None, None, None, None
+
+
+_define(
+    "adc",
+    "Tensor y, Tensor a, Tensor input_range, float out_bound, float out_res",
+    "Tensor",
+    _adc,
+    lambda y, *_: _wide_like(y),
+    _adc_setup,
+    _adc_backward,
+)
+
+# --------------------------------------------------------------------------------- fused level
+
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? clip, Tensor? seed, "
+)
+_BACKWARD_INPUTS = (
+    "Tensor grad, Tensor x, Tensor weight, Tensor? input_range, Tensor? clip, Tensor? seed, "
+    "Tensor clipped, Tensor modified, bool[] needs, "
+)
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, *state = inputs[:6]
+    ctx.scalars = inputs[6:]
+    _, clipped, modified = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(clipped, modified)
+    ctx.save_for_backward(x, weight, *state, clipped, modified)
+
+
+def _fused_backward(
+    op: Callable[..., tuple[Tensor, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (1 + len(ctx.scalars))  # the seed and the scalars
+        needs = list(ctx.needs_input_grad[:5])
+        if grad is None:
+            return (None,) * 5 + nothing
+        gradients = op(grad, *ctx.saved_tensors, needs, *ctx.scalars)
+        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + (
+            nothing
+        )
+
+    return backward
+
+
+def _fake_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    clipped: Tensor,
+    modified: Tensor,
+    needs: list[bool],
+    *scalars: Any,
+) -> tuple[Tensor, ...]:
+    bias = weight.new_empty(weight.shape[0])
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        for t, need in zip((x, weight, bias, input_range, clip), needs, strict=True)
+    )
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = MVMSpec(*rest[4:])
+    kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
+    return (
+        x.new_empty((*x.shape[:-1], weight.shape[0])),
+        x.new_empty(linear.clipped_shape(x, weight, spec), dtype=torch.uint8),
+        kept,
+    )
+
+
+def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    window, spec = Window(*rest[4:8]), MVMSpec(*rest[8:])
+    kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
+    return (
+        x.new_empty(conv.out_shape(x, weight, window)),
+        x.new_empty(conv.clipped_shape(x, weight, window, spec), dtype=torch.uint8),
+        kept,
+    )
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise RuntimeError(
+                f"analog product of {x.dtype} input with {t.dtype} {name}: "
+                "cast one of them, or run under torch.autocast"
+            )
+
+
+def _analog_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    _check_dtypes(x, weight, bias)
+    return linear.forward(x, weight, bias, *rest[:3], MVMSpec(*rest[3:]))
+
+
+def _analog_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    _check_dtypes(x, weight, bias)
+    return conv.forward(x, weight, bias, *rest[:3], Window(*rest[3:7]), MVMSpec(*rest[7:]))
+
+
+_define(
+    "analog_linear_backward",
+    _BACKWARD_INPUTS + _SPEC,
+    _GRADIENTS,
+    lambda *args: linear.backward(*args[:9], MVMSpec(*args[9:])),
+    _fake_gradients,
+)
+_define(
+    "analog_linear",
+    _INPUTS + _SPEC,
+    "(Tensor, Tensor, Tensor)",
+    _analog_linear,
+    _fake_linear,
+    _fused_setup,
+    _fused_backward(torch.ops.analogfx.analog_linear_backward.default),
+)
+_define(
+    "analog_conv_backward",
+    f"{_BACKWARD_INPUTS}{_WINDOW}, {_SPEC}",
+    _GRADIENTS,
+    lambda *args: conv.backward(*args[:9], Window(*args[9:13]), MVMSpec(*args[13:])),
+    _fake_gradients,
+)
+_define(
+    "analog_conv",
+    f"{_INPUTS}{_WINDOW}, {_SPEC}",
+    "(Tensor, Tensor, Tensor)",
+    _analog_conv,
+    _fake_conv,
+    _fused_setup,
+    _fused_backward(torch.ops.analogfx.analog_conv_backward.default),
+)

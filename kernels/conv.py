@@ -1,0 +1,198 @@
+"""The fused convolution of one site with one input tile and one range: no patches are made.
+
+Range, DAC, weights and ADC act element by element around torch's own convolution. Sites that cut
+the flattened patch, or take a range from every patch, go through :mod:`analogfx.kernels.linear`
+on unfolded patches instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from analogfx.kernels import linear, noise, patches
+from analogfx.kernels import reference as ref
+from analogfx.kernels.linear import Gradients
+from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import MVMSpec
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def _per_channel(v: Tensor | None, dims: int) -> Tensor | None:
+    """A vector over output channels, shaped to broadcast against an image."""
+    return None if v is None else v.view(-1, *[1] * dims)
+
+
+def out_shape(x: Tensor, weight: Tensor, window: Window) -> list[int]:
+    """Shape of the output."""
+    return [x.shape[0], weight.shape[0], *window.out_size(list(x.shape[2:]))]
+
+
+def clipped_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:
+    """Shape of the bits that mark clipped outputs."""
+    return out_shape(x, weight, window) if spec.keep and spec.out_bound else [0]
+
+
+def _convolve(x: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
+    zeros = [0] * len(window.stride)
+    return torch.convolution(
+        x, weight, None, window.stride, window.padding, window.dilation, False, zeros, groups
+    )
+
+
+def _analog_weight(
+    weight: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec
+) -> tuple[Tensor, Tensor | None]:
+    """The kernel as the tile holds it, and the maximum of each output channel."""
+    modified, peaks = linear.modified_weight(
+        _matrix(weight), clip, seed, spec._replace(groups=1)  # rows of all groups, one matrix
+    )
+    return modified.view(weight.shape), _per_channel(peaks[0], weight.dim() - 2)
+
+
+def _draw(y: Tensor, seed: Tensor | None, spec: MVMSpec) -> Tensor | None:
+    """Output noise in the order of patches, (B, L, O), so that it is that of unfolded patches."""
+    if not spec.out_noise:
+        return None
+    assert seed is not None
+    by_patch = (y.shape[0], y[0, 0].numel(), y.shape[1])
+    return noise.normal(seed, 1, by_patch, y.dtype).mT.reshape(y.shape)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    window: Window,
+    spec: MVMSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The site's output, the marks of clipped outputs, and the noisy weights.
+
+    Args:
+        x: (B, C, *image).
+        weight: (O, C / groups, *kernel), of x's dtype.
+        bias: (O,) or None.
+        input_range: (1,) float32, or None for no range.
+        clip: (1, O) or None.
+        seed: int64 (), None unless something is noisy.
+
+    Returns:
+        ``y`` (B, O, *out) of x's dtype; ``clipped`` uint8 and ``modified``, without elements
+        unless the backward keeps them.
+    """
+    dims = x.dim() - 2
+    r = None if input_range is None else input_range[0]
+    modified, peak = _analog_weight(weight, clip, seed, spec)
+    y = _convolve(linear.converted(x, r, spec), modified, window, spec.groups)
+    y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
+    clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
+    if bound is not None:
+        if spec.keep:
+            clipped = (y.abs() > bound).view(torch.uint8)
+        y = ref.clamp_to(y, bound)
+    if bias is not None:
+        y = y + _per_channel(ref.wide(bias), dims)
+    kept = modified if linear.keeps_weight(weight, spec) else weight.new_empty(0)
+    return y.to(x.dtype), clipped, kept
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    clipped: Tensor,
+    modified: Tensor,
+    needs: list[bool],
+    window: Window,
+    spec: MVMSpec,
+) -> Gradients:
+    """Gradients of :func:`forward`; the arguments are those of ``linear.backward``."""
+    need_x, need_w, need_bias, need_range, need_clip = needs
+    r = None if input_range is None else input_range[0]
+    g = ref.wide(grad)
+    grad_bias = g.sum([0, *range(2, g.dim())])
+    peak = None
+    if modified.numel() == 0:
+        modified, peak = _analog_weight(weight, clip, seed, spec)
+    analog_x = linear.converted(x, r, spec)
+    if spec.out_bound:
+        if clipped.numel() == 0:
+            y = _convolve(analog_x, modified, window, spec.groups)
+            y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
+            assert bound is not None
+            clipped = y.abs() > bound
+        g = g.masked_fill(clipped.bool(), 0.0)
+
+    grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+        g,
+        analog_x,
+        modified,
+        None,
+        window.stride,
+        window.padding,
+        window.dilation,
+        False,
+        [0] * len(window.stride),
+        spec.groups,
+        [need_x or (need_range and spec.range_mode == "fast"), need_w or need_clip, False],
+    )
+    grad_range = grad_clip = None
+    if clip is not None and (need_w or need_clip):
+        flat = ref.weight_backward(_matrix(grad_w), _matrix(weight), clip[0], spec.weight_states)
+        grad_w, grad_clip = flat[0].view(weight.shape), flat[1].unsqueeze(0)
+    if need_range:
+        assert input_range is not None
+        grad_range = _range_grad(g, grad_x, x, modified, input_range, window, spec)
+    if need_x and r is not None:
+        grad_x = ref.dac_backward(grad_x, x, r)
+
+    empty = x.new_empty(0)
+    return Gradients(
+        x=grad_x.to(x.dtype) if need_x else empty,
+        weight=grad_w.to(weight.dtype) if need_w else empty,
+        bias=grad_bias.to(weight.dtype) if need_bias else empty,
+        input_range=grad_range if grad_range is not None else empty,
+        clip=grad_clip.to(clip.dtype) if need_clip else empty,
+    )
+
+
+def _range_grad(
+    g: Tensor,
+    grad_x: Tensor,
+    x: Tensor,
+    modified: Tensor,
+    input_range: Tensor,
+    window: Window,
+    spec: MVMSpec,
+) -> Tensor:
+    """Gradient of the learned range, (1,), as if every patch had been clamped by itself.
+
+    The rule keeps the sign of each patch element's gradient, so the image's gradient, a sum over
+    patches, is not enough. One kernel offset at a time gives every patch element once without
+    ever holding more than an image of them.
+    """
+    r = input_range[0]
+    if spec.range_mode == "fast":
+        return ref.range_grad_fast(grad_x, x, r).view(1)
+    padded, out = patches.pad(ref.wide(x), window), list(g.shape[2:])
+    per_group = g.unflatten(1, (spec.groups, -1)).flatten(3)  # (B, groups, O / groups, L)
+    kernel = modified.unflatten(0, (spec.groups, -1))
+    data = torch.zeros_like(r)
+    saturated = torch.zeros_like(r)
+    for offset in patches.offsets(window):
+        seen = patches.shifted(padded, offset, window, out)
+        at = kernel[(..., *offset)].mT  # (groups, C / groups, O / groups)
+        patch_grad = torch.matmul(at, per_group).flatten(1, 2).view(seen.shape)
+        data = data + ref.saturation_grad(patch_grad, seen, r)
+        saturated = saturated + (seen.abs() >= r).sum()
+    share = saturated / patches.elements(x, window)
+    return ref.range_grad(data, share, r, spec.decay, spec.input_min_percentage).view(1)

@@ -1,0 +1,254 @@
+"""The arithmetic of one analog tile, in plain torch: the specification in code.
+
+Every function is a formula of AIHWKIT-Lightning 2.1.0's torch mode (``torch_linear.py`` and
+``quant_utils.py`` there), forward and backward, with the departures that the documentation lists.
+Nothing here reads a value back to the host or writes to its inputs.
+
+Shapes: a tile sees ``x`` (..., I) and ``w`` (O, I), with a leading group axis on both for grouped
+products. ``a`` is a vector over outputs. Ranges and maxima are float32 (float64 for float64 data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+UNTOUCHED = 1e-5
+"""Initial -x_min and x_max of the fast mode, as in the reference."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: the precision that sites compute in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def clamp_to(x: Tensor, bound: Tensor) -> Tensor:
+    """``x`` within +-bound, for a bound that broadcasts. Passes NaN on."""
+    if bound.numel() == 1:  # two binary ops with a scalar are a third of clamp's time on the CPU
+        return torch.minimum(torch.maximum(x, -bound), bound)
+    return torch.clamp(x, -bound, bound)
+
+
+def step_of(bound: Tensor, res: float) -> Tensor:
+    """Width of a quantisation step over +-bound for a resolution in states or as a fraction."""
+    return 2 * bound / res if res > 1.0 else 2 * bound * res
+
+
+def quantize(x: Tensor, step: Tensor) -> Tensor:
+    """``x`` on the grid of a step, half to even. A step of 0 gives 0."""
+    scaled = x / step.clamp_min(torch.finfo(x.dtype).tiny)
+    return scaled.round_().mul_(step)
+
+
+# ---------------------------------------------------------------------- input ranges
+
+
+def range_dynamic(x: Tensor) -> Tensor:
+    """Range of every input vector: max |x| over its last axis, kept."""
+    if x.shape[-1] == 0 or x.numel() == 0:
+        return x.new_zeros((*x.shape[:-1], 1))
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+
+
+def range_static(
+    std: Tensor, input_range: Tensor, count: Tensor, init_from_data: int, init_std_alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Running mean of ``init_std_alpha * std``, until it has been fed ``init_from_data`` times.
+
+    Args:
+        std: (k,) unbiased standard deviation of each tile's raw input, NaN where undefined.
+        input_range: (k,) ranges so far.
+        count: (k,) int64, updates so far.
+
+    Returns:
+        The new ranges and counts. The first batch replaces the initial value.
+    """
+    open_ = count < init_from_data
+    fed = open_ & (std > 0)
+    mean = (input_range * count + init_std_alpha * std) / (count + 1)
+    updated = torch.where(fed, mean, input_range)
+    return torch.where(open_, updated.abs(), input_range), count + fed
+
+
+def range_fast(
+    low: Tensor,
+    high: Tensor,
+    input_range: Tensor,
+    count: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    init_from_data: int,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Running extremes of the input; the range is the larger magnitude.
+
+    Args:
+        low, high: (k,) extremes of each tile's input in this batch.
+        momentum: weight of the past, or -1 for the extremes ever seen.
+
+    Returns:
+        New ``input_range``, ``count``, ``x_min``, ``x_max``, each (k,).
+    """
+    open_ = count < init_from_data
+    first = (x_min > -1.1 * UNTOUCHED) & (x_max < 1.1 * UNTOUCHED)
+    if momentum == -1:
+        mean_min, mean_max = torch.minimum(x_min, low), torch.maximum(x_max, high)
+    else:
+        mean_min = x_min * momentum + low * (1 - momentum)
+        mean_max = x_max * momentum + high * (1 - momentum)
+    x_min = torch.where(open_, torch.where(first, x_min + low, mean_min), x_min)
+    x_max = torch.where(open_, torch.where(first, x_max + high, mean_max), x_max)
+    widest = torch.maximum(x_min.abs(), x_max.abs())
+    return torch.where(open_, widest, input_range), count + open_, x_min, x_max
+
+
+# ------------------------------------------------------------------------------- DAC
+
+
+def dac(x: Tensor, input_range: Tensor, inp_res: float, clamp: bool) -> Tensor:
+    """Clamp to the range (unless it is the input's own maximum) and round to the DAC's grid."""
+    x = wide(x)
+    if clamp:
+        x = clamp_to(x, input_range)
+    return quantize(x, step_of(input_range, inp_res)) if inp_res else x
+
+
+def dac_backward(grad: Tensor, x: Tensor, input_range: Tensor) -> Tensor:
+    """Straight through the rounding, 0 where the clamp cut (|x| equal to the range passes)."""
+    return grad.masked_fill(wide(x).abs() > input_range, 0.0)
+
+
+def saturation_grad(grad: Tensor, x: Tensor, input_range: Tensor) -> Tensor:
+    """Sum over saturated inputs of the gradient that asks for a wider range, always <= 0.
+
+    ``grad`` is the gradient at the clamped input. This is the data term of the learned range's
+    gradient, before the factor ``input_range`` (``InputRangeForward.backward``).
+    """
+    x = wide(x)
+    above = torch.where(x >= input_range, grad, 0.0).clamp_max_(0.0).sum()
+    below = torch.where(x <= -input_range, grad, 0.0).clamp_min_(0.0).sum()
+    return above - below
+
+
+def range_grad(
+    data: Tensor, saturated: Tensor, input_range: Tensor, decay: float, input_min_percentage: float
+) -> Tensor:
+    """Gradient of a static range: the data term, and decay while few inputs are saturated.
+
+    Args:
+        data: what :func:`saturation_grad` returned.
+        saturated: share of inputs with |x| >= range.
+        input_range: the range that the forward used.
+    """
+    grad = data * input_range
+    if decay > 0:
+        grad = grad + decay * input_range * (1.0 - saturated > input_min_percentage)
+    return grad
+
+
+def range_grad_fast(grad: Tensor, x: Tensor, input_range: Tensor) -> Tensor:
+    """Gradient of a fast-mode range: what plain autograd gives for the clamp."""
+    x = wide(x)
+    above = torch.where(x > input_range, grad, 0.0).sum()
+    return above - torch.where(x < -input_range, grad, 0.0).sum()
+
+
+# --------------------------------------------------------------------------- weights
+
+
+def row_max(w: Tensor) -> Tensor:
+    """max |w| of every row, (O,). Two passes without a temporary the size of ``w``."""
+    if w.shape[-1] == 0:
+        return wide(w.new_zeros(w.shape[:-1]))
+    return wide(torch.maximum(w.amax(-1), -w.amin(-1)))
+
+
+def tile_max(row: Tensor, out_sizes: Sequence[int]) -> Tensor:
+    """Every row's maximum replaced by that of the tile which holds the row."""
+    if row.numel() == 0:
+        return row
+    if len(out_sizes) == 1:
+        return row.max().expand_as(row)
+    parts = row.reshape(-1).split(list(out_sizes))
+    return torch.cat([part.max().expand_as(part) for part in parts]).view_as(row)
+
+
+def _clip_range(clip: Tensor) -> Tensor:
+    """A learned clip as a scale: its magnitude, and 1 for a clip of exactly 0."""
+    return torch.where(clip == 0, 1.0, clip.abs())
+
+
+def clip_weight(w: Tensor, clip: Tensor) -> Tensor:
+    """Clamp rows to their learned range, by way of w / clip as the reference does."""
+    scale = _clip_range(wide(clip)).unsqueeze(-1)
+    scaled = wide(w) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return scaled.clamp_(-1.0, 1.0).mul_(scale)
+
+
+def quantize_weight(w: Tensor, bound: Tensor, states: float) -> Tensor:
+    """Rows of ``w`` clamped to +-bound and rounded to ``states`` + 1 levels; a bound of 0 keeps 0.
+
+    Args:
+        bound: (O,), a row's or tile's maximum, or the learned clip.
+    """
+    step = 2 * (bound / states)
+    step = torch.where(step == 0, 1.0, step).unsqueeze(-1)
+    scaled = wide(w) / step.clamp_min(torch.finfo(step.dtype).tiny)
+    return scaled.clamp_(-states / 2, states / 2).round_().mul_(step)
+
+
+def weight_backward(
+    grad: Tensor, w: Tensor, clip: Tensor, states: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a learned clip: to the weights (0 outside the range) and to the clip.
+
+    LSQ (Esser et al., arXiv 1902.08153, eq. 3 and section 2.2) for the clip of each row, as
+    Lightning scales it. A negative clip acts by its magnitude.
+
+    Args:
+        grad: gradient at the clipped (and quantised) weights, (O, I).
+        states: number of weight states, 0 without quantisation.
+    """
+    clip = wide(clip)
+    half = states / 2 if states else 1.0
+    scale = _clip_range(2 * (clip / states) if states else clip).unsqueeze(-1)
+    ratio = wide(w) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    inside = (ratio.abs() <= half).to(grad.dtype)
+    slope = torch.clamp(ratio, -half, half) * (1 - inside)
+    if states:
+        slope = slope + (ratio.round() - ratio) * inside
+    count = max(w.numel(), 1)
+    factor = 2 * math.sqrt(half / count) / states if states else 1 / math.sqrt(count)
+    grad_clip = factor * (grad * slope).sum(-1) * torch.where(clip < 0, -1.0, 1.0)
+    return grad * inside, grad_clip
+
+
+# ---------------------------------------------------------------------- output and ADC
+
+
+def output_noise(
+    y: Tensor, a: Tensor, input_range: Tensor, draw: Tensor, strength: float
+) -> Tensor:
+    """``y`` plus Gaussian noise of standard deviation ``strength * input_range * a``.
+
+    Args:
+        draw: standard normal values of y's shape.
+    """
+    return y + draw * (a * (strength * input_range))
+
+
+def adc_bound(input_range: Tensor, a: Tensor, out_bound: float) -> Tensor:
+    """Largest output that the ADC of each channel can show."""
+    return (input_range * out_bound) * a
+
+
+def adc(y: Tensor, bound: Tensor, out_res: float) -> Tensor:
+    """Round to the ADC's grid (``out_res`` 0: not), *before* the bound is applied."""
+    if not out_res:
+        return y
+    step = step_of(bound, out_res)
+    # A row of zero weights has bound 0; a step of 1 lets the clamp make it 0, and not 0 * inf.
+    return quantize(y, torch.where(step == 0, 1.0, step))

@@ -1,0 +1,215 @@
+"""insert: around every chosen product the nodes of its pre-processing, tile and post-processing.
+
+Written for one tile that holds the whole weight; ``map_tiles`` cuts it. In training the running
+statistics are updated first, functionally, and stored by ``copy_``; the range is then cloned, so
+that the backward uses the range that this forward used whatever happens to the parameter.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from analogfx import ops
+from analogfx.config import Resolved
+from analogfx.kernels import patches
+from analogfx.kernels.patches import Window
+from analogfx.passes.contract import Context, Site, weight_value
+from analogfx.passes.normalize import CONVOLUTIONS
+
+dialect = torch.ops.analogfx
+
+
+class Emitter:
+    """Adds nodes for one site and notes on each which site it belongs to and its role."""
+
+    def __init__(self, graph: Graph, site: Site) -> None:
+        """Emit at the graph's present insertion point."""
+        self.graph = graph
+        self.site = site
+
+    def _made(self, node: Node, role: str) -> Node:
+        node.meta["made"] = (self.site.index, role)
+        return node
+
+    def call(self, role: str, target: Any, *args: Any) -> Node:
+        """A call of a function."""
+        return self._made(self.graph.call_function(target, args), role)
+
+    def method(self, role: str, name: str, *args: Any) -> Node:
+        """A call of a tensor method."""
+        return self._made(self.graph.call_method(name, args), role)
+
+    def attribute(self, role: str, name: str) -> Node:
+        """An attribute of the module."""
+        return self._made(self.graph.create_node("get_attr", name), role)
+
+
+def insert(graph: Graph, context: Context) -> int:
+    """Replace every chosen product by its explicit chain.
+
+    Returns:
+        The number of products replaced.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        site = node.meta.get("site")
+        if site is None or context.config is None:
+            continue
+        with graph.inserting_before(node):
+            emit = Emitter(graph, site)
+            out = _site(emit, node, context.config, context.training)
+        out.meta["decision"] = site.decision
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _site(emit: Emitter, product: Node, config: Resolved, training: bool) -> Node:
+    x, weight, bias = product.args[:3]
+    x_cast = x = emit.call("input", ops.autocast, x)
+    w = emit.call("weight", ops.autocast, weight)
+    window = _window(product)
+    if window is not None:
+        x = emit.call("input", patches.unfold_batched, x, *window)
+        w = emit.method("weight", "flatten", w, 1)
+    if emit.site.groups > 1:
+        x = emit.method("input", "unflatten", x, -1, (emit.site.groups, -1))
+        w = emit.method("weight", "unflatten", w, 0, (emit.site.groups, -1))
+
+    ranges = _ranges(emit, x, config, training) if config.has_state else None
+    y = _tile(emit, x, w, ranges, config, training)
+
+    if emit.site.groups > 1:
+        y = emit.method("output", "flatten", y, -2)
+    if bias is not None:
+        y = emit.call("bias", torch.add, y, emit.call("bias", ops.autocast, bias))
+    if window is not None:
+        y = emit.call("output", patches.fold_output, y, x_cast, *window)
+    return emit.method("output", "type_as", y, x_cast)
+
+
+def _window(product: Node) -> Window | None:
+    """Geometry of a convolution, None for a linear product."""
+    if product.target is F.linear:
+        return None
+    assert product.target in CONVOLUTIONS
+    value = weight_value(product.args[1])
+    assert value is not None
+    stride, padding, dilation = (list(a) for a in product.args[3:6])  # type: ignore[arg-type]
+    return Window(list(value.shape[2:]), stride, padding, dilation)
+
+
+def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
+    """The input ranges (k,), after this step's statistics in training."""
+    names = emit.site.state
+    if not training:
+        return emit.attribute("range", names.input_range)
+    parameter = emit.attribute("state", names.input_range)
+    stored = [emit.method("state", "detach", parameter)]
+    stored += [emit.attribute("state", n) for n in (names.count, names.x_min, names.x_max)]
+    updated = emit.call(
+        "update_range",
+        dialect.update_range.default,
+        emit.method("state", "detach", x),
+        *stored,
+        config.range_mode,
+        emit.site.groups,
+        [sum(emit.site.in_sizes)],
+        config.init_from_data,
+        config.init_std_alpha,
+        config.momentum,
+        *[[]] * len(Window._fields),  # patches, if any, are made
+    )
+    for number, place in enumerate(stored):
+        new = emit.call("state", operator.getitem, updated, number)
+        emit.call("store", torch.ops.aten.copy_.default, place, new)
+    return emit.method("range", "clone", parameter)
+
+
+def _tile(
+    emit: Emitter, x: Node, w: Node, ranges: Node | None, config: Resolved, training: bool
+) -> Node:
+    """One tile: DAC, weights, product, output noise, ADC."""
+    noisy = training and bool(config.noise_std or config.out_noise)
+    seed = None
+    if noisy:
+        plain = emit.method("state", "detach", x)
+        module = emit.attribute("state", "_analog.number")
+        seed = emit.call(
+            "seed", dialect.draw_seed.default, plain, module, emit.site.index
+        )
+
+    r = None
+    if ranges is not None:
+        r = emit.call("tile_range", torch.select, ranges, 0, 0)
+    elif config.range_mode == "dynamic":
+        plain = emit.method("tile", "detach", x)
+        r = emit.call("tile_range", dialect.dynamic_range.default, plain)
+    analog_x = x
+    if r is not None and (config.has_state or config.inp_res):
+        analog_x = emit.call(
+            "dac",
+            dialect.dac.default,
+            x,
+            r,
+            config.inp_res,
+            config.range_mode,
+            config.decay,
+            config.input_min_percentage,
+        )
+
+    analog_w, row_max = _weights(emit, w, seed, config)
+    y = emit.call("mvm", dialect.mvm.default, analog_x, analog_w)
+
+    if training and config.out_noise:
+        assert r is not None
+        a = _scale(emit, row_max, config.out_noise_per_channel)
+        draw = emit.call("output_normal", dialect.normal_like.default, y, seed, 1)
+        y = emit.call(
+            "output_noise", dialect.output_noise.default, y, a, r, draw, config.out_noise
+        )
+    if config.out_bound:
+        assert r is not None
+        a = _scale(emit, row_max, config.bound_per_channel)
+        y = emit.call("adc", dialect.adc.default, y, a, r, config.out_bound, config.out_res)
+    return y
+
+
+def _weights(
+    emit: Emitter, w: Node, seed: Node | None, config: Resolved
+) -> tuple[Node, Node | None]:
+    """The weights as the tile holds them, and what scales noise and bounds of its rows."""
+    clip = row_max = None
+    if config.learnable_clip:
+        clip = emit.call("tile_clip", torch.select, emit.attribute("state", emit.site.state.clip), 0, 0)
+        if emit.site.groups > 1:
+            clip = emit.method("tile", "unflatten", clip, 0, (emit.site.groups, -1))
+        plain = emit.method("tile", "detach", clip)
+        row_max = emit.method("row_max", "abs", emit.method("tile", "float", plain))
+    else:
+        row_max = emit.call("row_max", dialect.row_max.default, emit.method("tile", "detach", w))
+    if clip is not None:
+        w = emit.call("clip", dialect.clip_weight.default, w, clip, config.weight_states)
+    elif config.weight_states:
+        bound = _scale(emit, row_max, config.weight_per_channel)
+        w = emit.call(
+            "quantize", dialect.quantize_weight.default, w, bound, config.weight_states
+        )
+    if seed is not None and config.noise_std:
+        a = _scale(emit, row_max, config.noise_per_channel)
+        draw = emit.call("weight_normal", dialect.normal_like.default, w, seed, 0)
+        w = emit.call("weight_noise", dialect.weight_noise.default, w, a, draw, config.noise_std)
+    return w, row_max
+
+
+def _scale(emit: Emitter, row_max: Node | None, per_channel: bool) -> Node | None:
+    """A row's own maximum, or that of its tile."""
+    if per_channel:
+        return row_max
+    return emit.call("tile_max", dialect.tile_max.default, row_max, [sum(emit.site.out_sizes)])

@@ -1,0 +1,163 @@
+"""lower: a complete explicit site becomes one fused op.
+
+The scalars are read off the chain's own nodes, not off a config, so that what is fused is what
+the graph says. A chain that some other pass has changed does not match and stays explicit, where
+it still runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from analogfx import ops
+from analogfx.kernels import patches
+from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import MVMSpec
+from analogfx.passes.contract import Context, Site, sweep
+from analogfx.passes.insert import Emitter, dialect
+from analogfx.passes.map_tiles import PER_TILE, made_for, role
+
+
+def lower(graph: Graph, context: Context) -> int:
+    """Fuse every site whose chain is complete.
+
+    Returns:
+        The number of sites fused.
+    """
+    return sum(_fuse(graph, site, context.training) for site in context.sites)
+
+
+def _fuse(graph: Graph, site: Site, training: bool) -> bool:
+    nodes = made_for(graph, site)
+    if not _complete(site, nodes):
+        return False
+    out = next(n for n in reversed(nodes) if role(n) == "output")  # type_as(y, x)
+    x: Any = out.args[1]
+    spec, window = _spec(site, nodes, training), _window(nodes)
+    state = (_first(nodes, "range"), _clip(nodes), _first(nodes, "seed"))
+    operands = (_first(nodes, "weight"), _first(nodes, "bias"))
+
+    with graph.inserting_before(out):
+        emit = Emitter(graph, site)
+        if window is None:
+            y = _linear(emit, x, *operands, state, spec)
+        elif len(site.in_sizes) == 1 and spec.range_mode != "dynamic":
+            y = _convolution(emit, x, *operands, state, window, spec)
+            _update_from_image(emit, _first(nodes, "update_range"), x, window)
+        else:
+            rows = emit.call("fused", patches.unfold_batched, x, *window)
+            matrix = emit.method("fused", "flatten", operands[0], 1)
+            y = _linear(emit, rows, matrix, operands[1], state, spec)
+            y = emit.call("fused", patches.fold_output, y, x, *window)
+    y.meta["decision"] = out.meta["decision"]
+    out.replace_all_uses_with(y)
+    sweep(graph)
+    return True
+
+
+def _linear(
+    emit: Emitter, x: Node, weight: Any, bias: Any, state: tuple[Any, ...], spec: MVMSpec
+) -> Node:
+    fused = emit.call("fused", dialect.analog_linear.default, x, weight, bias, *state, *spec)
+    return emit.call("fused", operator.getitem, fused, 0)
+
+
+def _convolution(
+    emit: Emitter,
+    x: Node,
+    weight: Any,
+    bias: Any,
+    state: tuple[Any, ...],
+    window: Window,
+    spec: MVMSpec,
+) -> Node:
+    dims = len(window.stride)
+    image = emit.call("fused", patches.with_batch, x, dims)
+    inputs = (image, weight, bias, *state, *window, *spec)
+    y = emit.call("fused", operator.getitem, emit.call("fused", dialect.analog_conv.default, *inputs), 0)
+    return emit.call("fused", patches.like_batch, y, x, dims)
+
+
+def _update_from_image(emit: Emitter, update: Node | None, x: Node, window: Window) -> None:
+    """Let the statistics see the image instead of its patches."""
+    if update is None:
+        return
+    with emit.graph.inserting_before(update):
+        image = emit.call("fused", patches.with_batch, x, len(window.stride))
+        plain = emit.method("fused", "detach", image)
+    update.args = (plain, *update.args[1:6], 1, *update.args[7:-4], *window)
+
+
+def _first(nodes: list[Node], wanted: str) -> Node | None:
+    return next((n for n in nodes if role(n) == wanted), None)
+
+
+def _clip(nodes: list[Node]) -> Node | None:
+    """The learned clips of all tiles, (k, O)."""
+    clip = _first(nodes, "tile_clip")
+    return None if clip is None else clip.args[0]  # type: ignore[return-value]
+
+
+def _window(nodes: list[Node]) -> Window | None:
+    unfold = next((n for n in nodes if n.target is patches.unfold_batched), None)
+    return None if unfold is None else Window(*unfold.args[1:])  # type: ignore[arg-type]
+
+
+def _complete(site: Site, nodes: list[Node]) -> bool:
+    """Whether nothing but this site stands between its input and its output."""
+    if not any(role(n) == "mvm" for n in nodes):
+        return False  # fused already, or taken apart
+    inside = set(nodes)
+    for node in nodes:
+        enters = role(node) in ("input", "weight", "bias") and node.target is ops.autocast
+        if not enters and not inside.issuperset(node.all_input_nodes):
+            return False
+        leaves = role(node) == "output"
+        if not leaves and not inside.issuperset(node.users):
+            return False
+    counts = Counter(role(n) for n in nodes)
+    tiles = len(site.in_sizes)
+    return counts["mvm"] == tiles and all(counts[r] in (0, tiles) for r in _ONCE_A_TILE)
+
+
+_ONCE_A_TILE = PER_TILE - {"tile", "tile_max"}
+
+
+def _spec(site: Site, nodes: list[Node], training: bool) -> MVMSpec:
+    """The scalars of a chain; every tile's are those of the first."""
+    dac, clip, quantize = (_first(nodes, r) for r in ("dac", "clip", "quantize"))
+    noise, output, adc = (_first(nodes, r) for r in ("weight_noise", "output_noise", "adc"))
+    dynamic = any(n.target is dialect.dynamic_range.default for n in nodes)
+    inp_res, mode, decay, percentage = (
+        dac.args[2:] if dac else (0.0, "dynamic" if dynamic else "none", 0.0, 0.0)
+    )
+    modified: Any = clip or quantize
+    scalars: dict[str, Any] = {
+        "groups": site.groups,
+        "in_sizes": list(site.in_sizes),
+        "out_sizes": list(site.out_sizes),
+        "range_mode": mode,
+        "decay": decay,
+        "input_min_percentage": percentage,
+        "inp_res": inp_res,
+        "weight_states": modified.args[2] if modified else 0.0,
+        "weight_per_channel": _per_channel(quantize, 1),
+        "noise_std": noise.args[3] if noise else 0.0,
+        "noise_per_channel": _per_channel(noise, 1),
+        "out_noise": output.args[4] if output else 0.0,
+        "out_noise_per_channel": _per_channel(output, 1),
+        "out_bound": adc.args[3] if adc else 0.0,
+        "out_res": adc.args[4] if adc else 0.0,
+        "bound_per_channel": _per_channel(adc, 1),
+        "keep": training,
+    }
+    return MVMSpec(**scalars)
+
+
+def _per_channel(node: Node | None, argument: int) -> bool:
+    """Whether a node is scaled by each row's own maximum."""
+    return node is not None and role(node.args[argument]) == "row_max"  # type: ignore[arg-type]

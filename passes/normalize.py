@@ -1,0 +1,215 @@
+"""normalize: every product with a parameter, however it is spelled, in one of two forms.
+
+    F.linear(x, W (O, I), bias)
+    F.conv{1,2,3}d(x, W, bias, stride, padding, dilation, groups), all lists of ints
+
+A product that has no such form stays as it is and gets a decision that says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from analogfx.passes.contract import (
+    Context,
+    Refused,
+    linear_node,
+    propagate_stationary,
+    refuse,
+    sweep,
+    weight_value,
+)
+from analogfx.passes.einsum import normalize_einsum
+
+CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_CONVOLUTION_ALIASES = {torch.conv1d: F.conv1d, torch.conv2d: F.conv2d, torch.conv3d: F.conv3d}
+
+
+def transpose_rows(x: Tensor) -> Tensor:
+    """The last two axes swapped; a vector stays as it is."""
+    return x.mT if x.dim() > 1 else x
+
+
+def _matmul(graph: Graph, node: Node, kind: str, input: Any, other: Any) -> Node:
+    weight = weight_value(other)
+    if weight is not None:
+        if weight.dim() != 2:
+            raise Refused(f"the weight has {weight.dim()} dimensions, a tile has 2")
+        return linear_node(graph, kind, input, _transposed(graph, other))
+    weight = weight_value(input)
+    assert weight is not None
+    if weight.dim() != 2:
+        raise Refused(f"the weight has {weight.dim()} dimensions, a tile has 2")
+    columns = graph.call_function(transpose_rows, (other,))
+    rows = linear_node(graph, kind, columns, input)
+    return graph.call_function(transpose_rows, (rows,))
+
+
+def _transposed(graph: Graph, weight: Node) -> Node:
+    """W^T, without a second transposition where the weight is one already."""
+    twice = weight.op == "call_method" and weight.target == "t" and len(weight.args) == 1
+    return weight.args[0] if twice else graph.call_method("t", (weight,))  # type: ignore[return-value]
+
+
+def _addmm(
+    graph: Graph,
+    node: Node,
+    kind: str,
+    input: Any,
+    mat1: Any,
+    mat2: Any,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
+) -> Node:
+    if weight_value(mat2) is None:
+        raise Refused("addmm with the weight on the left, or only in the addend")
+    bias = weight_value(input)
+    weight = _transposed(graph, mat2)
+    if (beta, alpha) == (1, 1) and bias is not None and bias.dim() == 1:
+        return linear_node(graph, kind, mat1, weight, input)
+    product = linear_node(graph, kind, mat1, weight)
+    scaled = graph.call_function(operator.mul, (product, alpha))
+    addend = graph.call_function(operator.mul, (input, beta))
+    return graph.call_function(operator.add, (addend, scaled))
+
+
+def _linear(
+    graph: Graph, node: Node, kind: str, input: Any, weight: Any, bias: Any = None
+) -> Node | None:
+    value = weight_value(weight)
+    if value is None:
+        raise Refused("the bias is a parameter, the weight is not")
+    if value.dim() != 2:
+        raise Refused(f"the weight has {value.dim()} dimensions, a tile has 2")
+    if len(node.args) == 3 and not node.kwargs:
+        return None
+    return linear_node(graph, kind, input, weight, bias)
+
+
+def _conv(
+    graph: Graph,
+    node: Node,
+    kind: str,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Node | None:
+    target = _CONVOLUTION_ALIASES.get(node.target, node.target)
+    value = weight_value(weight)
+    if value is None:
+        raise Refused("the kernel is not a parameter")
+    dims = CONVOLUTIONS[target]
+    stride, dilation = _per_axis(stride, dims), _per_axis(dilation, dims)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, value.shape[2:], strict=True)]
+        padding = [t // 2 for t in total]
+        uneven = [p for t in reversed(total) for p in (0, t % 2)]
+        if any(uneven):  # torch puts the odd zero at the end
+            input = graph.call_function(F.pad, (input, uneven))
+    padding = [0] * dims if padding == "valid" else _per_axis(padding, dims)
+    args = (input, weight, bias, stride, padding, dilation, groups)
+    if node.target is target and tuple(node.args) == args and not node.kwargs:
+        return None
+    new = graph.call_function(target, args)
+    new.meta["kind"] = kind
+    return new
+
+
+def _per_axis(value: Any, dims: int) -> list[int]:
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    return values * dims if len(values) == 1 else values
+
+
+_Rule = Callable[..., Node | None]
+_RULES: dict[Any, tuple[str, _Rule]] = {
+    F.linear: ("linear", _linear),
+    torch.matmul: ("matmul", _matmul),
+    operator.matmul: ("matmul", _matmul),
+    torch.mm: ("matmul", _matmul),
+    "matmul": ("matmul", _matmul),
+    "mm": ("matmul", _matmul),
+    torch.addmm: ("addmm", _addmm),
+    "addmm": ("addmm", _addmm),
+    torch.einsum: ("einsum", normalize_einsum),
+    **{f: (f"conv{dims}d", _conv) for f, dims in CONVOLUTIONS.items()},
+    **{a: (f"conv{CONVOLUTIONS[f]}d", _conv) for a, f in _CONVOLUTION_ALIASES.items()},
+}
+_DIGITAL: dict[Any, str] = {
+    torch.bmm: "bmm",
+    torch.baddbmm: "baddbmm",
+    torch.mv: "mv",
+    torch.dot: "dot",
+    torch.inner: "inner",
+    torch.tensordot: "tensordot",
+    torch.chain_matmul: "chain_matmul",
+    F.bilinear: "bilinear",
+    F.conv_transpose1d: "conv_transpose1d",
+    F.conv_transpose2d: "conv_transpose2d",
+    F.conv_transpose3d: "conv_transpose3d",
+    F.multi_head_attention_forward: "multi_head_attention",
+    "bmm": "bmm",
+    "baddbmm": "baddbmm",
+    "mv": "mv",
+    "dot": "dot",
+}
+
+
+def normalize(graph: Graph, context: Context) -> int:
+    """Give every product with a parameter its canonical form.
+
+    Returns:
+        The number of products that were rewritten.
+    """
+    propagate_stationary(graph)
+    count = 0
+    for node in list(graph.nodes):
+        rule = _RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+        operands = [n for n in node.all_input_nodes if weight_value(n) is not None]
+        if not operands or "stationary" in node.meta or "decision" in node.meta:
+            continue  # no parameter in it, or nothing but parameters, or decided already
+        if rule is None:
+            if node.op in ("call_function", "call_method") and node.target in _DIGITAL:
+                refuse(node, _DIGITAL[node.target], "no tile computes this product", "normalize")
+            continue
+        kind, rewrite = rule
+        try:
+            with graph.inserting_before(node):
+                new = _apply(rewrite, graph, node, kind)
+        except Refused as reason:
+            refuse(node, kind, str(reason), "normalize")
+            continue
+        if new is None:
+            node.meta.setdefault("kind", kind)
+            continue
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        count += 1
+    if count:
+        propagate_stationary(graph)
+        sweep(graph)
+    return count
+
+
+_KEYWORDS = {"tensor1": "input", "mat2": "other", "self": "input"}
+
+
+def _apply(rewrite: _Rule, graph: Graph, node: Node, kind: str) -> Node | None:
+    kwargs = node.kwargs
+    if rewrite is _matmul:
+        kwargs = {_KEYWORDS.get(name, name): value for name, value in kwargs.items()}
+    try:
+        return rewrite(graph, node, kind, *node.args, **kwargs)
+    except TypeError as error:
+        raise Refused(f"called with arguments that {kind} does not take ({error})") from None

@@ -1,0 +1,45 @@
+"""The order of the passes, read like a table of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Graph
+
+from analogfx.passes.contract import Context, Decision
+from analogfx.passes.insert import insert
+from analogfx.passes.lower import lower
+from analogfx.passes.map_tiles import map_tiles
+from analogfx.passes.normalize import normalize
+from analogfx.passes.select import select
+
+Pass = Callable[[Graph, Context], int]
+
+EXPLICIT: tuple[Pass, ...] = (normalize, select, insert, map_tiles)
+"""From a captured graph to one node for every role."""
+
+FUSED: tuple[Pass, ...] = (lower,)
+"""From one node for every role to one op for every site."""
+
+
+def run(
+    passes: tuple[Pass, ...],
+    graph: Graph,
+    context: Context,
+    after: Callable[[str, Graph, int], None] | None = None,
+) -> None:
+    """Run passes over a graph, in place.
+
+    Args:
+        after: called with the pass's name, the graph and the pass's count after each pass.
+    """
+    for step in passes:
+        count = step(graph, context)
+        graph.lint()
+        if after is not None:
+            after(step.__name__, graph, count)
+
+
+def decisions(graph: Graph) -> list[Decision]:
+    """What was decided about every product with a parameter in a graph, in its order."""
+    return [n.meta["decision"] for n in graph.nodes if "decision" in n.meta]

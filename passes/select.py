@@ -1,0 +1,124 @@
+"""select: which canonical products become analog sites, and their tiles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from analogfx.config import Resolved
+from analogfx.passes.contract import (
+    Context,
+    Decision,
+    Site,
+    StateNames,
+    refuse,
+    split_sizes,
+    weight_value,
+)
+from analogfx.passes.normalize import CONVOLUTIONS
+
+# Ops that only rename a parameter's elements: what they give can be written back.
+_VIEWS = {
+    "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "chunk", "split",
+    "select", "narrow", "unbind", "squeeze", "unsqueeze", "getitem", "swapaxes", "movedim",
+    "contiguous", "detach", "T", "mT", "split_with_sizes", "unsafe_chunk", "getattr",
+}  # fmt: skip
+
+
+def _is_view(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op == "get_attr" or name in _VIEWS
+
+
+def _weight_nodes(weight: Node) -> list[Node]:
+    """The nodes that a weight is computed by, in order."""
+    found: dict[Node, None] = {}
+    pending = [weight]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = None
+            pending.extend(node.all_input_nodes)
+    return sorted(found)
+
+
+def _objection(weight: Node, config: Resolved | None) -> str | None:
+    """Why a canonical product stays digital, None if it need not."""
+    value = weight_value(weight)
+    assert value is not None
+    if config is None:
+        return "left digital by the config"
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        return f"the weight is {value.dtype}, a tile holds float weights"
+    if value.numel() == 0:
+        return "the weight has no elements"
+    if config.clip_sigma and not all(_is_view(n) for n in _weight_nodes(weight)):
+        return "Gaussian clipping cannot be written back to a computed weight"
+    return None
+
+
+def select(graph: Graph, context: Context) -> int:
+    """Choose the sites of a normalized graph.
+
+    A chosen product's node carries its :class:`Site` in ``meta["site"]`` and the site is listed
+    in the context; every other product gets a decision.
+
+    Returns:
+        The number of sites chosen.
+    """
+    products = [
+        n
+        for n in graph.nodes
+        if n.op == "call_function"
+        and (n.target is F.linear or n.target in CONVOLUTIONS)
+        and weight_value(n.args[1]) is not None
+        and not {"site", "decision", "made"} & n.meta.keys()
+    ]
+    chosen = []
+    for node in products:
+        objection = _objection(node.args[1], context.config)
+        if objection is None:
+            chosen.append(node)
+        else:
+            refuse(node, node.meta["kind"], objection, "select")
+    states = _state_names([n.args[1].meta["parameter"] for n in chosen])
+    for index, (node, state) in enumerate(zip(chosen, states, strict=True)):
+        assert context.config is not None
+        node.meta["site"] = _site(node, index, state, context.config)
+        context.sites.append(node.meta["site"])
+    return len(chosen)
+
+
+def _site(node: Node, index: int, state: StateNames, config: Resolved) -> Site:
+    weight: Node = node.args[1]  # type: ignore[assignment]
+    value: torch.Tensor = weight.meta["stationary"]
+    groups = int(node.args[6]) if node.target in CONVOLUTIONS else 1  # type: ignore[call-overload]
+    in_sizes = split_sizes(math.prod(value.shape[1:]), config.max_input_size)
+    out_sizes = split_sizes(value.shape[0], config.max_output_size)
+    decision = Decision(
+        name=weight.meta["parameter"],
+        kind=node.meta["kind"],
+        weight_shape=tuple(value.shape),
+        tile_grid=(len(in_sizes), len(out_sizes)),
+        status="analog",
+        reason="",
+        decided_by="select",
+    )
+    return Site(decision, index, groups, tuple(in_sizes), tuple(out_sizes), state, weight)
+
+
+def _state_names(parameters: list[str]) -> list[StateNames]:
+    """Lightning's names for the only site of a module; several are told apart by their weight."""
+    if len(parameters) == 1:
+        return [StateNames()]
+    names: list[StateNames] = []
+    for parameter in parameters:
+        stem, number = parameter.replace(".", "_") + "_", 1
+        while StateNames(stem) in names:
+            number += 1
+            stem = f"{parameter.replace('.', '_')}_{number}_"
+        names.append(StateNames(stem))
+    return names

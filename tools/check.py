@@ -1,0 +1,81 @@
+"""The one check command, for developers and for CI: ``python tools/check.py [--only NAME ...]``."""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def check_format() -> bool:
+    """Formatting, by ruff."""
+    return run(BIN / "ruff", "format", "--check", ".")
+
+
+def check_lint() -> bool:
+    """Lint rules, by ruff."""
+    return run(BIN / "ruff", "check", ".")
+
+
+def check_types() -> bool:
+    """Types of the package, by mypy."""
+    options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    return run_on_package(BIN / "mypy", *options, "-p", "analogfx")
+
+
+def check_layers() -> bool:
+    """The layer law, by import-linter."""
+    return run_on_package(BIN / "lint-imports", "--config", ROOT / "pyproject.toml", "--no-cache")
+
+
+def check_tests() -> bool:
+    """The test suite, the README's code blocks included."""
+    return run(sys.executable, "-m", "pytest")
+
+
+CHECKS = {
+    "format": check_format,
+    "lint": check_lint,
+    "types": check_types,
+    "layers": check_layers,
+    "tests": check_tests,
+}
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> bool:
+    """Run a command and say whether it succeeded."""
+    return subprocess.run([str(part) for part in command], cwd=cwd).returncode == 0
+
+
+def run_on_package(*command: str | Path) -> bool:
+    """Run a command beside a copy of the package as a wheel lays it out.
+
+    Tools that read files instead of importing them do not find ``analogfx.passes`` and
+    ``analogfx.kernels`` in a checkout, where those are top-level folders.
+    """
+    setup = "import setuptools; setuptools.setup()"
+    with tempfile.TemporaryDirectory() as folder:
+        built = run(sys.executable, "-c", setup, "--quiet", "build_py", "--build-lib", folder)
+        return built and run(*command, cwd=Path(folder))
+
+
+def main() -> int:
+    """Run the chosen checks, all of them even if one fails; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, metavar="NAME")
+    summary = []
+    for name in parser.parse_args().only:
+        start = time.perf_counter()
+        passed = CHECKS[name]()
+        seconds = time.perf_counter() - start
+        summary.append((passed, f"{'ok' if passed else 'FAILED':6}  {name:6}  {seconds:6.1f} s"))
+    print(*(line for _, line in summary), sep="\n")
+    return 0 if all(passed for passed, _ in summary) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
