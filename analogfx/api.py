@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Choice = Callable[[str, nn.Module], "tuple[Any, str]"]
 
 # Modules that read their weights in ways that no graph of theirs shows.
-_CLOSED: dict[type[nn.Module], str] = {
+_CLOSED: dict[type[Any], str] = {
     nn.MultiheadAttention: "nn.MultiheadAttention reads its projections in one fused call",
     nn.RNNBase: "recurrent layers run in one fused call",
     nn.RNNCellBase: "recurrent cells run in one fused call",
@@ -237,9 +237,7 @@ def _place(
         plan.placements[name] = placement
 
 
-def _site_report(
-    path: str, decision: Decision, several: bool, asked: str | None
-) -> SiteReport:
+def _site_report(path: str, decision: Decision, several: bool, asked: str | None) -> SiteReport:
     """A pass's decision under the module's path."""
     named = several or decision.name != "weight"
     return SiteReport(

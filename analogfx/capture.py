@@ -144,7 +144,7 @@ def _line(error: Exception) -> str:
 
 def _mark(module: nn.Module, node: Node) -> None:
     if node.op == "get_attr":
-        value = module
+        value: Any = module
         for name in str(node.target).split("."):
             value = getattr(value, name)
     elif node.op == "call_module" and not node.args and not node.kwargs:

@@ -149,7 +149,7 @@ def _check_fit(analog: nn.Module, tensors: Path) -> None:
     state = analog.state_dict(keep_vars=True)
     try:
         with safe_open(str(tensors), framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{tensors} is damaged: {error}") from error
     held = {id(state[key]) for key in shapes if key in state}  # tied tensors are stored once

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from analogfx.kernels import noise
-from analogfx.module import AnalogSite, row_maxima, sites
+from analogfx.module import AnalogModule, AnalogSite, row_maxima, sites
+from analogfx.training import _store as store_weight
 
 
 @contextmanager
@@ -19,13 +21,13 @@ def programmed(analog: nn.Module, std_dev: float, seed: int | None = None) -> It
 
     Every weight w of a row (an output channel) in a tile becomes ``w + std_dev * max|w| * n`` with
     the maximum over that row of that tile and n standard normal. A weight that several sites share
-    is programmed once. On exit, after an exception too, the weights are what they were, to the bit.
+    is perturbed once. On exit, after an exception too, the weights are what they were, to the bit.
 
     The noise acts on the stored weights: a config that clips or quantizes weights in the forward
     does so to the noisy ones.
 
     Args:
-        analog: What `analogize` returned. Other weights and all biases stay exact.
+        analog: What `analogize` returned. Digital weights and all biases stay exact.
         std_dev: Standard deviation relative to the largest weight, for example 0.05.
         seed: The same seed gives the same noise on devices of one kind; None draws a new one.
             Torch's global generators are neither read nor advanced.
@@ -39,32 +41,43 @@ def programmed(analog: nn.Module, std_dev: float, seed: int | None = None) -> It
     if not std_dev >= 0:
         raise ValueError(f"std_dev = {std_dev!r}: expected a number above 0, or 0 for no noise")
     seed = secrets.randbits(63) if seed is None else seed
-    weights = _distinct_weights(analog)
-    exact = [weight.clone() for _, weight in weights]
-    try:
-        for stream, (site, weight) in enumerate(weights):
-            _add_noise(site, weight, std_dev, seed, stream)
+    streams = itertools.count()
+    with ExitStack() as restore:
+        for parameter, products in _by_parameter(analog):
+            restore.callback(_copy, parameter, parameter.detach().clone())
+            # All from the exact weights: of products that share one, the last noise stays.
+            noisy = [_noisy(*product, std_dev, seed, next(streams)) for product in products]
+            for (module, site), matrix in zip(products, noisy, strict=True):
+                with torch.no_grad():
+                    store_weight(module, site, matrix)
         yield
-    finally:
-        with torch.no_grad():
-            for (_, weight), original in zip(weights, exact, strict=True):
-                weight.copy_(original)
 
 
-@torch.no_grad()
-def _distinct_weights(analog: nn.Module) -> list[tuple[AnalogSite, Tensor]]:
-    """Weights that share no memory, each with the first site that multiplies by it."""
-    distinct: dict[tuple[int, int], tuple[AnalogSite, Tensor]] = {}
+_Product = tuple[AnalogModule, AnalogSite]
+
+
+def _by_parameter(analog: nn.Module) -> list[tuple[nn.Parameter, list[_Product]]]:
+    """Every parameter with the products that multiply by it or by a part of it."""
+    groups: dict[int, tuple[nn.Parameter, list[_Product]]] = {}
     for _, module, site in sites(analog):
-        weight = site.weight(module).detach()
-        distinct.setdefault((weight.data_ptr(), weight.numel()), (site, weight))
-    return list(distinct.values())
+        parameter = module.get_parameter(site.name)
+        groups.setdefault(id(parameter), (parameter, []))[1].append((module, site))
+    return list(groups.values())
 
 
 @torch.no_grad()
-def _add_noise(site: AnalogSite, weight: Tensor, std_dev: float, seed: int, stream: int) -> None:
-    sizes = torch.tensor(site.in_sizes, device=weight.device)
-    largest = row_maxima(site, weight).T.repeat_interleave(sizes, dim=1)
-    key = torch.tensor(seed, device=weight.device)
+def _noisy(
+    module: AnalogModule, site: AnalogSite, std_dev: float, seed: int, stream: int
+) -> Tensor:
+    """A product's weight as a matrix (O, I), with noise."""
+    matrix = site.weight(module).flatten(1)
+    sizes = torch.tensor(site.in_sizes, device=matrix.device)
+    largest = row_maxima(site, matrix).T.repeat_interleave(sizes, dim=1)
+    key = torch.tensor(seed, device=matrix.device)
     draw = noise.normal(key, stream, largest.shape, largest.dtype)
-    weight.add_((std_dev * largest * draw).view(weight.shape))
+    return (matrix + std_dev * largest * draw).to(matrix.dtype)
+
+
+@torch.no_grad()
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value)

@@ -37,14 +37,14 @@ _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
 
 
-class explicit_level:  # noqa: N801
+class explicit_level:
     """Context in which analog modules run one node for every role, for whoever reads graphs."""
 
-    def __enter__(self) -> None:  # noqa: D105
+    def __enter__(self) -> None:
         global _explicit
         self.before, _explicit = _explicit, True
 
-    def __exit__(self, *_: object) -> None:  # noqa: D105
+    def __exit__(self, *_: object) -> None:
         global _explicit
         _explicit = self.before
 
@@ -250,9 +250,9 @@ class AnalogModule(nn.Module):
                     continue
                 if current.is_meta or name == site.state.clip:
                     fresh.add(name)
-                state_dict[key] = torch.empty_like(current, device="cpu") if (
-                    current.is_meta
-                ) else current
+                state_dict[key] = (
+                    torch.empty_like(current, device="cpu") if (current.is_meta) else current
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for site in self._analog.sites:
             reset_state(self, site, fresh)
@@ -277,12 +277,12 @@ def _as_state(value: Tensor, current: Tensor) -> Tensor:
 
 def _blank(base: type[nn.Module]) -> nn.Module:
     """An analog module without contents, for unpickling."""
-    cls = analog_class(base)
+    cls = analog_class(base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
 @functools.cache
-def analog_class(base: type[nn.Module]) -> type[AnalogModule]:
+def analog_class(base: Any) -> type[AnalogModule]:
     """The subclass of a module's class that runs the module's analog programs."""
 
     @functools.wraps(base.forward)
@@ -371,7 +371,7 @@ def swap(module: nn.Module, placement: Placement) -> None:
         CaptureError: the module already has an attribute that a site needs.
     """
     module._analog = placement  # type: ignore[assignment]
-    module.__class__ = analog_class(type(module))
+    module.__class__ = analog_class(type(module))  # type: ignore[arg-type]
     config = resolve(placement.config)
     for site in placement.sites:
         _register_state(module, site, config)

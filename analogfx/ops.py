@@ -146,19 +146,18 @@ def _dac_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _dac_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, input_range = ctx.saved_tensors
+    rest = (None, None, None, None)
     if ctx.range_mode == "dynamic":
-        return grad.to(x.dtype), None, None, None, None, None
+        return grad.to(x.dtype), None, *rest
     grad_range = None
     if ctx.needs_input_grad[1]:
         if ctx.range_mode == "fast":
             grad_range = ref.range_grad_fast(grad, x, input_range)
         else:
-            data = ref.saturation_grad(grad, x, input_range)
-            saturated = (ref.wide(x).abs() >= input_range).sum() / x.numel()
-            grad_range = ref.range_grad(
-                data, saturated, input_range, ctx.decay, ctx.input_min_percentage
+            grad_range = ref.range_grad_static(
+                grad, x, input_range, ctx.decay, ctx.input_min_percentage
             )
-    return ref.dac_backward(grad, x, input_range).to(x.dtype), grad_range, None, None, None, None
+    return (grad * ref.inside(x, input_range)).to(x.dtype), grad_range, *rest
 
 
 _define(
@@ -310,9 +309,7 @@ _define(
 
 # --------------------------------------------------------------------------------- fused level
 
-_INPUTS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? clip, Tensor? seed, "
-)
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? clip, Tensor? seed, "
 _BACKWARD_INPUTS = (
     "Tensor grad, Tensor x, Tensor weight, Tensor? input_range, Tensor? clip, Tensor? seed, "
     "Tensor clipped, Tensor modified, bool[] needs, "
@@ -364,9 +361,7 @@ def _fake_gradients(
     )
 
 
-def _fake_linear(
-    x: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = MVMSpec(*rest[4:])
     kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
     return (
@@ -377,7 +372,7 @@ def _fake_linear(
 
 
 def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    window, spec = Window(*rest[4:8]), MVMSpec(*rest[8:])
+    window, spec = _window_and_spec(rest[4:])
     kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
     return (
         x.new_empty(conv.out_shape(x, weight, window)),
@@ -395,21 +390,59 @@ def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
-def _analog_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    _check_dtypes(x, weight, bias)
-    return linear.forward(x, weight, bias, *rest[:3], MVMSpec(*rest[3:]))
+# The arguments of one op are many and of fixed order; what is a tensor, what a window and what the
+# spec is told apart here and nowhere else.
 
 
-def _analog_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+def _analog_linear(
+    x: Any, weight: Any, bias: Any, input_range: Any, clip: Any, seed: Any, *s: Any
+) -> Any:
     _check_dtypes(x, weight, bias)
-    return conv.forward(x, weight, bias, *rest[:3], Window(*rest[3:7]), MVMSpec(*rest[7:]))
+    spec = MVMSpec(*s)
+    if x.dim() == 0 or x.shape[-1] != spec.groups * weight.shape[1]:
+        raise RuntimeError(
+            f"analog product: the input is {tuple(x.shape)}, its last axis should be "
+            f"{spec.groups * weight.shape[1]} for a weight of {tuple(weight.shape)}"
+        )
+    return linear.forward(x, weight, bias, input_range, clip, seed, spec)
+
+
+def _analog_linear_backward(
+    grad: Any, x: Any, weight: Any, input_range: Any, clip: Any, seed: Any, clipped: Any,
+    modified: Any, needs: Any, *s: Any,
+) -> Any:  # fmt: skip
+    return linear.backward(
+        grad, x, weight, input_range, clip, seed, clipped, modified, needs, MVMSpec(*s)
+    )
+
+
+def _analog_conv(
+    x: Any, weight: Any, bias: Any, input_range: Any, clip: Any, seed: Any, *s: Any
+) -> Any:
+    _check_dtypes(x, weight, bias)
+    window, spec = _window_and_spec(s)
+    return conv.forward(x, weight, bias, input_range, clip, seed, window, spec)
+
+
+def _analog_conv_backward(
+    grad: Any, x: Any, weight: Any, input_range: Any, clip: Any, seed: Any, clipped: Any,
+    modified: Any, needs: Any, *s: Any,
+) -> Any:  # fmt: skip
+    return conv.backward(
+        grad, x, weight, input_range, clip, seed, clipped, modified, needs, *_window_and_spec(s)
+    )
+
+
+def _window_and_spec(scalars: tuple[Any, ...]) -> tuple[Window, MVMSpec]:
+    axes = len(Window._fields)
+    return Window(*scalars[:axes]), MVMSpec(*scalars[axes:])
 
 
 _define(
     "analog_linear_backward",
     _BACKWARD_INPUTS + _SPEC,
     _GRADIENTS,
-    lambda *args: linear.backward(*args[:9], MVMSpec(*args[9:])),
+    _analog_linear_backward,
     _fake_gradients,
 )
 _define(
@@ -425,7 +458,7 @@ _define(
     "analog_conv_backward",
     f"{_BACKWARD_INPUTS}{_WINDOW}, {_SPEC}",
     _GRADIENTS,
-    lambda *args: conv.backward(*args[:9], Window(*args[9:13]), MVMSpec(*args[13:])),
+    _analog_conv_backward,
     _fake_gradients,
 )
 _define(

@@ -44,7 +44,7 @@ def trace(analog: nn.Module, *inputs: Any, **keywords: Any) -> GraphModule:
         for model in (analog, _Tensors(analog)):
             try:
                 program = torch.export.export(model, inputs, keywords or None, strict=False)
-                return program.module()  # type: ignore[return-value]
+                return program.module()
             except Exception as error:
                 first = first or error
     raise CaptureError(f"{type(analog).__name__} has no single graph: {first}") from first

@@ -106,7 +106,9 @@ def _store(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
     if weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
         weight.copy_(matrix.view(weight.shape))
     else:  # on the way from the parameter to the weight its elements are copied
-        flat = parameter.flatten().index_copy(0, origin.flatten(), matrix.flatten().to(weight.dtype))
+        flat = parameter.flatten().index_copy(
+            0, origin.flatten(), matrix.flatten().to(weight.dtype)
+        )
         parameter.copy_(flat.view(parameter.shape))
 
 

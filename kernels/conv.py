@@ -21,9 +21,9 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def _per_channel(v: Tensor | None, dims: int) -> Tensor | None:
+def _per_channel(v: Tensor, dims: int) -> Tensor:
     """A vector over output channels, shaped to broadcast against an image."""
-    return None if v is None else v.view(-1, *[1] * dims)
+    return v.view(-1, *[1] * dims)
 
 
 def out_shape(x: Tensor, weight: Tensor, window: Window) -> list[int]:
@@ -48,9 +48,14 @@ def _analog_weight(
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel as the tile holds it, and the maximum of each output channel."""
     modified, peaks = linear.modified_weight(
-        _matrix(weight), clip, seed, spec._replace(groups=1)  # rows of all groups, one matrix
+        _matrix(weight),
+        clip,
+        seed,
+        spec._replace(groups=1),  # rows of all groups, one matrix
     )
-    return modified.view(weight.shape), _per_channel(peaks[0], weight.dim() - 2)
+    (peak,) = peaks
+    peak = None if peak is None else _per_channel(peak, weight.dim() - 2)
+    return modified.view(weight.shape), peak
 
 
 def _draw(y: Tensor, seed: Tensor | None, spec: MVMSpec) -> Tensor | None:
@@ -119,7 +124,9 @@ def backward(
     need_x, need_w, need_bias, need_range, need_clip = needs
     r = None if input_range is None else input_range[0]
     g = ref.wide(grad)
-    grad_bias = g.sum([0, *range(2, g.dim())])
+    out = Gradients(*(x.new_empty(0) for _ in needs))
+    if need_bias:
+        out = out._replace(bias=g.sum([0, *range(2, g.dim())]).to(weight.dtype))
     peak = None
     if modified.numel() == 0:
         modified, peak = _analog_weight(weight, clip, seed, spec)
@@ -145,54 +152,46 @@ def backward(
         spec.groups,
         [need_x or (need_range and spec.range_mode == "fast"), need_w or need_clip, False],
     )
-    grad_range = grad_clip = None
-    if clip is not None and (need_w or need_clip):
-        flat = ref.weight_backward(_matrix(grad_w), _matrix(weight), clip[0], spec.weight_states)
-        grad_w, grad_clip = flat[0].view(weight.shape), flat[1].unsqueeze(0)
     if need_range:
-        assert input_range is not None
-        grad_range = _range_grad(g, grad_x, x, modified, input_range, window, spec)
-    if need_x and r is not None:
-        grad_x = ref.dac_backward(grad_x, x, r)
-
-    empty = x.new_empty(0)
-    return Gradients(
-        x=grad_x.to(x.dtype) if need_x else empty,
-        weight=grad_w.to(weight.dtype) if need_w else empty,
-        bias=grad_bias.to(weight.dtype) if need_bias else empty,
-        input_range=grad_range if grad_range is not None else empty,
-        clip=grad_clip.to(clip.dtype) if need_clip else empty,
-    )
+        assert r is not None
+        if spec.range_mode == "fast":
+            grad_range = ref.range_grad_fast(grad_x, x, r)
+        else:
+            grad_range = _range_grad(g, x, modified, r, window, spec)
+        out = out._replace(input_range=grad_range.view(1))
+    if need_x:
+        grad_x = grad_x if r is None else grad_x * ref.inside(x, r)
+        out = out._replace(x=grad_x.to(x.dtype))
+    if clip is not None and (need_w or need_clip):
+        flat, grad_clip = ref.weight_backward(
+            _matrix(grad_w), _matrix(weight), clip[0], spec.weight_states
+        )
+        grad_w = flat.view(weight.shape)
+        out = out._replace(clip=grad_clip.unsqueeze(0).to(clip.dtype))
+    if need_w:
+        out = out._replace(weight=grad_w.to(weight.dtype))
+    return out
 
 
 def _range_grad(
-    g: Tensor,
-    grad_x: Tensor,
-    x: Tensor,
-    modified: Tensor,
-    input_range: Tensor,
-    window: Window,
-    spec: MVMSpec,
+    g: Tensor, x: Tensor, modified: Tensor, r: Tensor, window: Window, spec: MVMSpec
 ) -> Tensor:
-    """Gradient of the learned range, (1,), as if every patch had been clamped by itself.
+    """Gradient of a learned static range, (), as if every patch had been clamped by itself.
 
     The rule keeps the sign of each patch element's gradient, so the image's gradient, a sum over
     patches, is not enough. One kernel offset at a time gives every patch element once without
     ever holding more than an image of them.
     """
-    r = input_range[0]
-    if spec.range_mode == "fast":
-        return ref.range_grad_fast(grad_x, x, r).view(1)
     padded, out = patches.pad(ref.wide(x), window), list(g.shape[2:])
     per_group = g.unflatten(1, (spec.groups, -1)).flatten(3)  # (B, groups, O / groups, L)
     kernel = modified.unflatten(0, (spec.groups, -1))
-    data = torch.zeros_like(r)
-    saturated = torch.zeros_like(r)
+    data, count = torch.zeros_like(r), torch.zeros_like(r)
     for offset in patches.offsets(window):
         seen = patches.shifted(padded, offset, window, out)
-        at = kernel[(..., *offset)].mT  # (groups, C / groups, O / groups)
+        at = kernel[(slice(None),) * 3 + offset].mT  # (groups, C / groups, O / groups)
         patch_grad = torch.matmul(at, per_group).flatten(1, 2).view(seen.shape)
-        data = data + ref.saturation_grad(patch_grad, seen, r)
-        saturated = saturated + (seen.abs() >= r).sum()
-    share = saturated / patches.elements(x, window)
-    return ref.range_grad(data, share, r, spec.decay, spec.input_min_percentage).view(1)
+        beyond = ref.saturated(seen, r)
+        data = data + ref.saturation_grad(patch_grad, seen, beyond)
+        count = count + beyond.sum()
+    share = count / patches.elements(x, window)
+    return ref.range_grad(data, share, r, spec.decay, spec.input_min_percentage)

@@ -72,11 +72,7 @@ def update_range(
     columns = [torch.stack(column).to(input_range.dtype) for column in zip(*values, strict=True)]
     if fast:
         low, high = columns
-        return ref.range_fast(
-            low, high, input_range, count, x_min, x_max, init_from_data, momentum
-        )
+        return ref.range_fast(low, high, input_range, count, x_min, x_max, init_from_data, momentum)
     (std,) = columns
-    new_range, new_count = ref.range_static(
-        std, input_range, count, init_from_data, init_std_alpha
-    )
+    new_range, new_count = ref.range_static(std, input_range, count, init_from_data, init_std_alpha)
     return new_range, new_count, x_min.clone(), x_max.clone()

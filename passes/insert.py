@@ -141,9 +141,7 @@ def _tile(
     if noisy:
         plain = emit.method("state", "detach", x)
         module = emit.attribute("state", "_analog.number")
-        seed = emit.call(
-            "seed", dialect.draw_seed.default, plain, module, emit.site.index
-        )
+        seed = emit.call("seed", dialect.draw_seed.default, plain, module, emit.site.index)
 
     r = None
     if ranges is not None:
@@ -171,9 +169,7 @@ def _tile(
         assert r is not None
         a = _scale(emit, row_max, config.out_noise_per_channel)
         draw = emit.call("output_normal", dialect.normal_like.default, y, seed, 1)
-        y = emit.call(
-            "output_noise", dialect.output_noise.default, y, a, r, draw, config.out_noise
-        )
+        y = emit.call("output_noise", dialect.output_noise.default, y, a, r, draw, config.out_noise)
     if config.out_bound:
         assert r is not None
         a = _scale(emit, row_max, config.bound_per_channel)
@@ -187,7 +183,9 @@ def _weights(
     """The weights as the tile holds them, and what scales noise and bounds of its rows."""
     clip = row_max = None
     if config.learnable_clip:
-        clip = emit.call("tile_clip", torch.select, emit.attribute("state", emit.site.state.clip), 0, 0)
+        clip = emit.call(
+            "tile_clip", torch.select, emit.attribute("state", emit.site.state.clip), 0, 0
+        )
         if emit.site.groups > 1:
             clip = emit.method("tile", "unflatten", clip, 0, (emit.site.groups, -1))
         plain = emit.method("tile", "detach", clip)
@@ -198,9 +196,7 @@ def _weights(
         w = emit.call("clip", dialect.clip_weight.default, w, clip, config.weight_states)
     elif config.weight_states:
         bound = _scale(emit, row_max, config.weight_per_channel)
-        w = emit.call(
-            "quantize", dialect.quantize_weight.default, w, bound, config.weight_states
-        )
+        w = emit.call("quantize", dialect.quantize_weight.default, w, bound, config.weight_states)
     if seed is not None and config.noise_std:
         a = _scale(emit, row_max, config.noise_per_channel)
         draw = emit.call("weight_normal", dialect.normal_like.default, w, seed, 0)

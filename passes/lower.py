@@ -78,7 +78,9 @@ def _convolution(
     dims = len(window.stride)
     image = emit.call("fused", patches.with_batch, x, dims)
     inputs = (image, weight, bias, *state, *window, *spec)
-    y = emit.call("fused", operator.getitem, emit.call("fused", dialect.analog_conv.default, *inputs), 0)
+    y = emit.call(
+        "fused", operator.getitem, emit.call("fused", dialect.analog_conv.default, *inputs), 0
+    )
     return emit.call("fused", patches.like_batch, y, x, dims)
 
 

@@ -29,7 +29,11 @@ from analogfx.passes.contract import (
 from analogfx.passes.einsum import normalize_einsum
 
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_CONVOLUTION_ALIASES = {torch.conv1d: F.conv1d, torch.conv2d: F.conv2d, torch.conv3d: F.conv3d}
+_CONVOLUTION_ALIASES: dict[Any, Any] = {
+    torch.conv1d: F.conv1d,
+    torch.conv2d: F.conv2d,
+    torch.conv3d: F.conv3d,
+}
 
 
 def transpose_rows(x: Tensor) -> Tensor:

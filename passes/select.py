@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +94,10 @@ def select(graph: Graph, context: Context) -> int:
 
 
 def _site(node: Node, index: int, state: StateNames, config: Resolved) -> Site:
-    weight: Node = node.args[1]  # type: ignore[assignment]
+    arguments: tuple[Any, ...] = node.args
+    weight: Node = arguments[1]
     value: torch.Tensor = weight.meta["stationary"]
-    groups = int(node.args[6]) if node.target in CONVOLUTIONS else 1  # type: ignore[call-overload]
+    groups = arguments[6] if node.target in CONVOLUTIONS else 1
     in_sizes = split_sizes(math.prod(value.shape[1:]), config.max_input_size)
     out_sizes = split_sizes(value.shape[0], config.max_output_size)
     decision = Decision(
