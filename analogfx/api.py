@@ -23,6 +23,7 @@ from analogfx.module import (
     Placement,
     Program,
     build,
+    check_same_sites,
     close_fast_paths,
     open_fast_paths,
     swap,
@@ -222,6 +223,7 @@ def _place(
             (training, default_pattern(module)): _program(plan, name, module, resolved, training)
             for training in (True, False)
         }
+        check_same_sites(*programs.values())
     except CaptureError as error:
         if any(p.dim() > 1 for p in module.parameters(recurse=False)):
             _leave(plan, name, module, reason if config is None else str(error), config is None)
@@ -315,9 +317,11 @@ def _signature(module: nn.Module) -> Any:
         (n, *_look(t)) for n, t in module.named_buffers()
     )
     private = nn.Module().__dict__.keys()
-    baked = tuple((k, _constant(v)) for k, v in module.__dict__.items() if k not in private)
-    children = tuple((n, type(m)) for n, m in module.named_modules())
-    return (type(module), forward_of(module), tensors, baked, children)
+    modules = tuple(
+        (n, type(m), *((k, _constant(v)) for k, v in m.__dict__.items() if k not in private))
+        for n, m in module.named_modules()  # a forward may read its children's attributes
+    )
+    return (forward_of(module), tensors, modules)
 
 
 def _look(t: Any) -> tuple[Any, ...]:

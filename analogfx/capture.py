@@ -11,13 +11,15 @@ import dis
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node, Tracer
+from torch.fx.proxy import ParameterProxy, Proxy
 
 from analogfx.errors import CaptureError
 from analogfx.passes.contract import mark_stationary
@@ -42,23 +44,32 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 def mentions_product(module: nn.Module) -> bool:
     """Whether a module's forward, or a method of its own that it calls, could hold a product."""
     forward = forward_of(module)
-    pending: list[Any] = [getattr(f, "__code__", None) for f in (forward, inspect.unwrap(forward))]
+    pending: list[Any] = [forward, inspect.unwrap(forward)]
     seen = set()
     while pending:
-        code = pending.pop()
-        if not isinstance(code, CodeType) or code in seen:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function in seen:
             continue
-        seen.add(code)
-        if _PRODUCTS & {*code.co_names} or any(
-            i.argrepr == "@" or i.opname == "BINARY_MATRIX_MULTIPLY"
-            for i in dis.get_instructions(code)
-        ):
-            return True
-        pending.extend(code.co_consts)
-        pending.extend(
-            getattr(getattr(type(module), name, None), "__code__", None) for name in code.co_names
-        )
+        seen.add(function)
+        for code in _codes(function.__code__):
+            if _PRODUCTS & {*code.co_names} or any(
+                i.argrepr == "@" or i.opname == "BINARY_MATRIX_MULTIPLY"
+                for i in dis.get_instructions(code)
+            ):
+                return True
+            for name in code.co_names:
+                helper = function.__globals__.get(name)
+                ours = not getattr(helper, "__module__", "torch").startswith("torch.")
+                pending += [getattr(type(module), name, None), helper if ours else None]
     return False
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
 def default_pattern(module: nn.Module) -> Pattern:
@@ -92,15 +103,46 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
 class _OwnForward(Tracer):
     """Traces one module's code and leaves every child a call."""
 
-    proxy_buffer_attributes = True  # a buffer that forward writes to must not be written here
-
     def __init__(self, module: nn.Module) -> None:
         super().__init__(param_shapes_constant=True)
         if hasattr(type(module), "digital_forward"):
             self.traced_func_name = "digital_forward"
+        self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not isinstance(attr_val, Tensor) or isinstance(attr_val, nn.Parameter):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        # A buffer, which forward may write to: that must not happen here.
+        for name, buffer in self.root.named_buffers():
+            if buffer is attr_val:
+                if name not in parameter_proxy_cache:
+                    node = self.create_node("get_attr", name, (), {})
+                    parameter_proxy_cache[name] = _BufferProxy(self, node, name, buffer)
+                return parameter_proxy_cache[name]
+        return attr_val
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _modes() != self.modes:
+            raise RuntimeError("it switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
+
+
+class _BufferProxy(ParameterProxy):
+    """A buffer in a trace: its shape is known, its values are not."""
+
+    def __init__(self, tracer: Tracer, node: Node, name: str, buffer: Tensor) -> None:
+        Proxy.__init__(self, node, tracer)
+        self.param, self.name = buffer, name  # type: ignore[assignment]
+
+
+def _modes() -> tuple[bool, bool, int]:
+    """What context managers change and a graph does not record."""
+    torch.autocast_increment_nesting()
+    nesting = torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting
 
 
 def capture(module: nn.Module, training: bool, pattern: Pattern) -> Graph:
@@ -123,18 +165,58 @@ def capture(module: nn.Module, training: bool, pattern: Pattern) -> Graph:
     kinds = {p.kind for p in _parameters(module)}
     if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         raise CaptureError("forward takes *args or **kwargs")
-    before = dict(module.__dict__)
+    before, random = dict(module.__dict__), torch.get_rng_state()
     module.training = training
     try:
-        graph = _OwnForward(module).trace(module, concrete_args=dict(pattern))
+        with torch.enable_grad():
+            graph = _OwnForward(module).trace(module, concrete_args=dict(pattern))
+        _check_pure(before, module.__dict__, random)
+    except CaptureError:
+        raise
     except Exception as error:  # any code may fail in any way on a proxy
         raise CaptureError(f"forward cannot be traced ({_line(error)})") from error
     finally:
         module.__dict__.clear()
         module.__dict__.update(before)
+        torch.set_rng_state(random)
+    _restore_names(graph, [p.name for p in _parameters(module)])
     for node in graph.nodes:
         _mark(module, node)
     return graph
+
+
+def _check_pure(before: dict[str, Any], after: dict[str, Any], random: Tensor) -> None:
+    """Refuse a forward that did something which its graph does not do.
+
+    Args:
+        before, after: the module's attributes.
+        random: state of torch's generator before.
+    """
+    nothing = object()
+    written = [k for k, v in after.items() if v is not before.get(k, nothing) and k != "training"]
+    if any(name.startswith("_tensor_constant") for name in written):
+        raise CaptureError("forward makes a tensor that is no function of its input")
+    if written:
+        raise CaptureError(f"forward assigns to self.{written[0]}")
+    if not torch.equal(random, torch.get_rng_state()):
+        raise CaptureError("forward draws random numbers that are no function of its input")
+
+
+def _restore_names(graph: Graph, names: list[str]) -> None:
+    """Give the arguments of a graph their names, and drop the tracer's checks of constants."""
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
+        if node.target != name:  # the tracer renames constants
+            node.target = name
+            for check in reversed(_all_users(node)):
+                graph.erase_node(check)
+
+
+def _all_users(node: Node) -> list[Node]:
+    """Every node that a node's value goes into, in order."""
+    users = dict.fromkeys(node.users)
+    for user in node.users:
+        users.update(dict.fromkeys(_all_users(user)))
+    return sorted(users)
 
 
 def _line(error: Exception) -> str:
@@ -148,7 +230,8 @@ def _mark(module: nn.Module, node: Node) -> None:
         for name in str(node.target).split("."):
             value = getattr(value, name)
     elif node.op == "call_module" and not node.args and not node.kwargs:
-        with torch.no_grad():  # a parametrized weight: a module without an input
+        # A parametrized weight: a module without an input, which may change its own buffers.
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             value = module.get_submodule(str(node.target))()
     else:
         return

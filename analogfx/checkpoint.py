@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from analogfx.api import analogize
-from analogfx.config import TorchInferenceRPUConfig
+from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError
 from analogfx.module import AnalogModule
 
@@ -24,15 +25,16 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SCHEMA = 1
 CONFIG_FILE = "analogfx.json"
-TENSOR_FILE = "model.safetensors"
+_TENSOR_FILE = re.compile(r"model-[0-9a-f]{8}\.safetensors")
 
 
 def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write an analogized model to a folder.
 
-    ``model.safetensors`` holds parameters and buffers, tied ones once; ``analogfx.json`` the
-    config of every analog module and the checksum of the tensors. Each file is written beside
-    its place and then moved there, so an interrupted save leaves the earlier files whole.
+    ``model-<checksum>.safetensors`` holds parameters and buffers, tied ones once;
+    ``analogfx.json`` the config of every analog module and the name and checksum of the tensors'
+    file. What was saved there before is valid until ``analogfx.json`` is replaced, in one step,
+    and removed afterwards; so an interrupted save leaves a checkpoint that loads.
 
     Args:
         directory: made if it does not exist.
@@ -48,18 +50,23 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
                 configs.append(config)
             modules[name] = configs.index(config)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        tensors = Path(scratch, TENSOR_FILE)
+        tensors = Path(scratch, "model.safetensors")
         save_model(analog, str(tensors), metadata={"format": "pt"})
+        checksum = _sha256(tensors)
+        place = folder / f"model-{checksum[:8]}.safetensors"
         record = {
             "schema": SCHEMA,
-            "tensors": {"file": TENSOR_FILE, "sha256": _sha256(tensors)},
+            "tensors": {"file": place.name, "sha256": checksum},
             "configs": configs,
             "modules": modules,
         }
         text = Path(scratch, CONFIG_FILE)
         text.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(tensors, folder / TENSOR_FILE)
+        os.replace(tensors, place)
         os.replace(text, folder / CONFIG_FILE)
+    for file in folder.iterdir():
+        if _TENSOR_FILE.fullmatch(file.name) and file != place:
+            file.unlink()
 
 
 def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False) -> ModelT:
@@ -80,7 +87,7 @@ def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False
     """
     folder = Path(directory)
     record = _read(folder)
-    tensors = folder / TENSOR_FILE
+    tensors = folder / record["tensors"]["file"]
     names = {name for name, _ in model.named_modules()}
     absent = sorted(set(record["modules"]) - names)
     if absent:
@@ -110,27 +117,29 @@ def _read(folder: Path) -> dict[str, Any]:
     """The folder's record, once it and the tensors have proved whole."""
     try:
         record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = record["tensors"]
-        known = record["schema"] == SCHEMA and tensors["file"] == TENSOR_FILE
+        if record["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} has schema {record['schema']!r}; "
+                f"this version reads {SCHEMA}"
+            )
+        file, checksum = record["tensors"]["file"], record["tensors"]["sha256"]
+        if not _TENSOR_FILE.fullmatch(file):
+            raise ValueError(f"{file!r} is no name of a file of tensors")
         configs, modules = record["configs"], record["modules"]
         for number in modules.values():
             configs[number]
         for config in configs:
-            TorchInferenceRPUConfig.from_dict(config)
-    except FileNotFoundError:
+            resolve(TorchInferenceRPUConfig.from_dict(config))
+    except OSError:
         raise CheckpointError(
             f"{folder}: no {CONFIG_FILE}; expected a folder that analogfx.save() wrote"
         ) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
-    if not known:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} has schema {record['schema']!r}; this version reads {SCHEMA}"
-        )
-    if not (folder / TENSOR_FILE).is_file():
-        raise CheckpointError(f"{folder}: no {TENSOR_FILE}")
-    if _sha256(folder / TENSOR_FILE) != tensors["sha256"]:
-        raise CheckpointError(f"{folder / TENSOR_FILE} is damaged: its checksum does not match")
+    if not (folder / file).is_file():
+        raise CheckpointError(f"{folder}: no {file}")
+    if _sha256(folder / file) != checksum:
+        raise CheckpointError(f"{folder / file} is damaged: its checksum does not match")
     return record
 
 

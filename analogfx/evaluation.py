@@ -42,9 +42,9 @@ def programmed(analog: nn.Module, std_dev: float, seed: int | None = None) -> It
         raise ValueError(f"std_dev = {std_dev!r}: expected a number above 0, or 0 for no noise")
     seed = secrets.randbits(63) if seed is None else seed
     streams = itertools.count()
-    with ExitStack() as restore:
+    with ExitStack() as on_exit:
         for parameter, products in _by_parameter(analog):
-            restore.callback(_copy, parameter, parameter.detach().clone())
+            on_exit.callback(_restore, parameter, parameter.detach().clone())
             # All from the exact weights: of products that share one, the last noise stays.
             noisy = [_noisy(*product, std_dev, seed, next(streams)) for product in products]
             for (module, site), matrix in zip(products, noisy, strict=True):
@@ -79,5 +79,5 @@ def _noisy(
 
 
 @torch.no_grad()
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+def _restore(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(value)

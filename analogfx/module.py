@@ -29,9 +29,10 @@ from analogfx.capture import (
     takes_constants,
 )
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
+from analogfx.errors import CaptureError
 from analogfx.kernels import reference as ref
 from analogfx.passes import pipeline
-from analogfx.passes.contract import Context, Decision, Site, StateNames
+from analogfx.passes.contract import Context, Decision, Site, StateNames, without_cast
 
 _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
@@ -102,6 +103,19 @@ def build(
     return Program(explicit, bind(graph), tuple(pipeline.decisions(graph)), sites)
 
 
+def check_same_sites(first: Program, second: Program) -> None:
+    """Refuse programs of one module whose sites are not the same.
+
+    Raises:
+        CaptureError: naming the parameters of both.
+    """
+    if [s.state for s in first.sites] != [s.state for s in second.sites]:
+        names = [sorted(s.name for s in program.sites) for program in (first, second)]
+        raise CaptureError(
+            f"the forward multiplies by {names[0]} or by {names[1]}, as its mode or arguments say"
+        )
+
+
 def _write(folder: Path, numbers: Iterator[int], name: str, graph: Graph, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = f"# after {name}: {count} changed\n{source(graph)}"
@@ -125,10 +139,9 @@ def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
     copies: dict[Node, Node] = {}
 
     def copy(node: Node) -> Node:
+        node = without_cast(node)
         if node not in copies:
-            for needed in node.all_input_nodes:
-                copy(needed)
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = graph.node_copy(node, copy)
         return copies[node]
 
     graph.output(copy(weight))
@@ -172,10 +185,17 @@ class Placement:
         self.programs = programs
 
     def program(self, module: nn.Module, training: bool, pattern: Pattern) -> Program:
-        """The program for a mode and for the constants of a call, built on its first use."""
+        """The program for a mode and for the constants of a call, built on its first use.
+
+        Raises:
+            CaptureError: a call with these constants cannot be traced, or multiplies by other
+                parameters than the calls before it, for which there are no ranges.
+        """
         program = self.programs.get((training, pattern))
         if program is None:
             program = build(module, resolve(self.config), training, pattern)
+            if self.programs:
+                check_same_sites(next(iter(self.programs.values())), program)
             self.programs[training, pattern] = program
         return program
 
@@ -223,7 +243,7 @@ class AnalogModule(nn.Module):
         def keep_precision(t: Tensor) -> Tensor:
             out = fn(t)
             if id(t) in ours and out.dtype in (torch.float16, torch.bfloat16):
-                return t.to(out.device)
+                return t.to(out.device, torch.float32)
             return out
 
         super()._apply(keep_precision, recurse)
@@ -239,6 +259,7 @@ class AnalogModule(nn.Module):
         # A digital checkpoint has no analog state: ranges stay what they are, and learned clips
         # start from the weights that are loaded.
         fresh = set()
+        device = next((v.device for k, v in state_dict.items() if k.startswith(prefix)), "cpu")
         for site in self._analog.sites:
             for name in site.state.all():
                 current = getattr(self, name, None)
@@ -251,7 +272,7 @@ class AnalogModule(nn.Module):
                 if current.is_meta or name == site.state.clip:
                     fresh.add(name)
                 state_dict[key] = (
-                    torch.empty_like(current, device="cpu") if (current.is_meta) else current
+                    torch.empty_like(current, device=device) if current.is_meta else current
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for site in self._analog.sites:

@@ -85,6 +85,8 @@ _define(
     "Tensor",
     lambda x, seed, stream: noise.normal(seed, stream, x.shape, ref.wide(x.new_empty(0)).dtype),
     lambda x, seed, stream: _wide_like(x),
+    lambda ctx, inputs, output: None,
+    lambda ctx, grad: (None, None, None),  # x gives the shape alone
 )
 
 
@@ -193,7 +195,7 @@ _define(
     "quantize_weight",
     "Tensor w, Tensor bound, float weight_states",
     "Tensor",
-    ref.quantize_weight,
+    lambda w, bound, states: ref.quantize_weight(w, bound.unsqueeze(-1), states),
     lambda w, *_: _wide_like(w),
     lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
     lambda ctx, grad: (grad.to(ctx.dtype), None, None),  # straight through
@@ -202,8 +204,8 @@ _define(
 
 def _clip_weight(w: Tensor, clip: Tensor, weight_states: float) -> Tensor:
     if weight_states:
-        return ref.quantize_weight(w, ref.wide(clip).abs(), weight_states)
-    return ref.clip_weight(w, clip)
+        return ref.quantize_weight(w, ref.wide(clip).abs().unsqueeze(-1), weight_states)
+    return ref.clip_weight(w, clip.unsqueeze(-1))
 
 
 def _clip_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -282,7 +284,7 @@ _define(
 
 def _adc(y: Tensor, a: Tensor, input_range: Tensor, out_bound: float, out_res: float) -> Tensor:
     bound = ref.adc_bound(input_range, a, out_bound)
-    return ref.clamp_to(ref.adc(y, bound, out_res), bound)
+    return ref.clamp_to(ref.adc_(y.clone(), bound, out_res), bound)
 
 
 def _adc_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -293,7 +295,7 @@ def _adc_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _adc_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, a, input_range = ctx.saved_tensors
     bound = ref.adc_bound(input_range, a, ctx.out_bound)
-    clipped = ref.adc(y, bound, ctx.out_res).abs() > bound
+    clipped = ref.adc_(y.clone(), bound, ctx.out_res).abs() > bound
     return grad.masked_fill(clipped, 0.0), None, None, None, None
 
 

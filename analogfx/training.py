@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from analogfx.config import WeightQuantizationType, resolve
+from analogfx.config import Resolved, WeightQuantizationType, resolve
 from analogfx.errors import CaptureError
 from analogfx.kernels import linear
 from analogfx.kernels import reference as ref
+from analogfx.kernels.blocks import row_blocks
 from analogfx.module import AnalogModule, AnalogSite, sites
 
 
@@ -41,9 +42,18 @@ def clip_weights(analog: nn.Module) -> None:
         config = resolve(module._analog.config)
         if config.clip_sigma:
             matrix = site.weight(module).flatten(1)
-            rows = ref.wide(matrix)
-            std = rows.std(1, keepdim=True) if config.clip_per_channel else rows.std()
-            _store(module, site, ref.clamp_to(rows, config.clip_sigma * std))
+            _clip(matrix, config)
+            if not _is_view(matrix, module, site):
+                _store(module, site, matrix)
+
+
+def _clip(matrix: Tensor, config: Resolved) -> None:
+    """Clamp a weight, (O, I), to its Gaussian bound in place."""
+    std = None if config.clip_per_channel else ref.wide(matrix).std()
+    for b in row_blocks(matrix):
+        rows = ref.wide(matrix[b])
+        bound = config.clip_sigma * (ref.row_std(rows) if std is None else std)
+        matrix[b] = ref.clamp_to(rows, bound)
 
 
 @torch.no_grad()
@@ -82,18 +92,28 @@ def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:
         else:
             bound = clips[tile].abs()
         if config.weight_states:
-            out.append(ref.quantize_weight(part, bound, config.weight_states))
+            out.append(ref.quantize_weight(part, bound.unsqueeze(-1), config.weight_states))
         else:
-            out.append(ref.clip_weight(part, bound))
+            out.append(ref.clip_weight(part, bound.unsqueeze(-1)))
     return torch.cat(out, dim=1)
 
 
+def _is_view(weight: Tensor, module: nn.Module, site: AnalogSite) -> bool:
+    """Whether writing to a weight writes to the parameter that it is computed from."""
+    try:
+        parameter = module.get_parameter(site.name)
+    except AttributeError:
+        return False
+    return weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+
+
 def _store(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
-    """Write a weight back to the parameter that it is a rearrangement of."""
+    """Write a weight, (O, I), back to the parameter that it is a rearrangement of."""
     weight = site.weight(module)
-    if isinstance(weight, nn.Parameter):  # by far the most common, and it needs no index
+    if _is_view(weight, module, site):
         weight.copy_(matrix.view(weight.shape))
         return
+    # On the way from the parameter to the weight its elements are copied: follow their indices.
     try:
         parameter = module.get_parameter(site.name)
         index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
@@ -103,17 +123,12 @@ def _store(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
             f"{type(module).__name__}: the weight is computed from {site.name} and more, "
             "so it cannot be written back"
         ) from None
-    if weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-        weight.copy_(matrix.view(weight.shape))
-    else:  # on the way from the parameter to the weight its elements are copied
-        flat = parameter.flatten().index_copy(
-            0, origin.flatten(), matrix.flatten().to(weight.dtype)
-        )
-        parameter.copy_(flat.view(parameter.shape))
+    values = matrix.flatten().to(weight.dtype)
+    parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
 
 
-def _stand_in(path: str, value: Tensor) -> Any:
+def _stand_in(path: str, value: Any) -> Any:
     """An object that has one attribute, at a path."""
     for name in reversed(path.split(".")):
-        value = SimpleNamespace(**{name: value})  # type: ignore[assignment]
+        value = SimpleNamespace(**{name: value})
     return value

@@ -128,11 +128,11 @@ def backward(
     if need_bias:
         out = out._replace(bias=g.sum([0, *range(2, g.dim())]).to(weight.dtype))
     peak = None
-    if modified.numel() == 0:
+    if not linear.is_kept(modified):
         modified, peak = _analog_weight(weight, clip, seed, spec)
     analog_x = linear.converted(x, r, spec)
-    if spec.out_bound:
-        if clipped.numel() == 0:
+    if spec.out_bound and g.numel():
+        if not linear.is_kept(clipped):
             y = _convolve(analog_x, modified, window, spec.groups)
             y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
             assert bound is not None

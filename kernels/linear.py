@@ -24,6 +24,7 @@ from torch import Tensor
 
 from analogfx.kernels import noise
 from analogfx.kernels import reference as ref
+from analogfx.kernels.blocks import BLOCK, SERIAL_BLOCK, row_blocks
 from analogfx.kernels.spec import MVMSpec
 
 _BITS = 8
@@ -61,6 +62,11 @@ def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
     return (planes, math.prod(x.shape[:-1]), weight.shape[0])
 
 
+def is_kept(t: Tensor) -> bool:
+    """Whether the forward kept a tensor for the backward; else it has the shape (0,)."""
+    return t.dim() > 1
+
+
 def keeps_weight(weight: Tensor, spec: MVMSpec) -> bool:
     """Whether the noisy weights stay until the backward: drawing again costs more on a CPU."""
     return bool(spec.keep and spec.noise_std) and weight.device.type == "cpu"
@@ -71,6 +77,12 @@ def maxima(w: Tensor, clip: Tensor | None, tile: int, spec: MVMSpec) -> Tensor |
     if clip is not None:
         return grouped(ref.wide(clip[tile]).abs(), spec.groups, 0)
     return ref.row_max(w) if spec.needs_max else None
+
+
+def scale(peak: Tensor | None, per_channel: bool, spec: MVMSpec) -> Tensor:
+    """Each row's own maximum, or that of the tile which holds the row."""
+    assert peak is not None
+    return peak if per_channel else ref.tile_max(peak, spec.out_sizes)
 
 
 def modified_weight(
@@ -88,27 +100,49 @@ def modified_weight(
     peaks = [maxima(w[..., s], clip, t, spec) for t, s in tiles(spec.in_sizes)]
     if not spec.weight_states and not spec.noise_std and clip is None:
         return ref.wide(w), peaks
-    base = ref.wide(w)
+
+    def by_tile(per_channel: bool) -> Tensor:
+        return torch.stack([scale(peak, per_channel, spec) for peak in peaks], dim=-1)
+
+    sigma = spec.noise_std * by_tile(spec.noise_per_channel) if spec.noise_std else None
+    bound = by_tile(spec.weight_per_channel) if spec.weight_states else None
+    clips = by_tile(True) if clip is not None else None
+
+    def finish(rows: slice, out: Tensor) -> None:
+        # Where noise is drawn this runs in a thread, whose ops must not spread over the cores.
+        for b in row_blocks(out, SERIAL_BLOCK if spec.noise_std else BLOCK):
+            at = slice(rows.start + b.start, rows.start + b.stop)
+            part = w[at]
+            if bound is not None:
+                spread = _spread(bound[at], spec.in_sizes)
+                part = ref.quantize_weight(part, spread, spec.weight_states)
+            elif clips is not None:
+                part = ref.clip_weight(part, _spread(clips[at], spec.in_sizes))
+            if sigma is not None:
+                out[b].mul_(_spread(sigma[at], spec.in_sizes)).add_(part)
+            else:
+                out[b] = part
+
+    dtype = ref.wide(w.new_empty(0)).dtype
     if spec.noise_std:
         assert seed is not None
-        out = noise.normal(seed, 0, w.shape, base.dtype)
-    else:
-        out = torch.empty_like(base)
-    for t, s in tiles(spec.in_sizes):
-        tile, peak = base[..., s], peaks[t]
-        if spec.weight_states:
-            assert peak is not None
-            bound = peak if spec.weight_per_channel else ref.tile_max(peak, spec.out_sizes)
-            tile = ref.quantize_weight(tile, bound, spec.weight_states)
-        elif clip is not None:
-            tile = ref.clip_weight(tile, grouped(clip[t], spec.groups, 0))
-        if spec.noise_std:
-            assert peak is not None
-            peak = peak if spec.noise_per_channel else ref.tile_max(peak, spec.out_sizes)
-            out[..., s].mul_((spec.noise_std * peak).unsqueeze(-1)).add_(tile)
-        else:
-            out[..., s] = tile
+        return noise.normal(seed, 0, w.shape, dtype, finish), peaks
+    out = torch.empty_like(w, dtype=dtype)
+    finish(slice(0, out.shape[0]), out)
     return out, peaks
+
+
+def _spread(v: Tensor, in_sizes: list[int]) -> Tensor:
+    """A value for every tile, (..., k), as one for every input, or (..., 1) for one tile."""
+    if len(in_sizes) == 1:
+        return v
+    widest = max(in_sizes)  # sizes differ by one at most, and the larger ones come first
+    spread = v.unsqueeze(-1).expand(*v.shape, widest).flatten(-2)
+    if widest * len(in_sizes) == sum(in_sizes):
+        return spread
+    larger = in_sizes.count(widest)
+    tail = v[..., larger:].unsqueeze(-1).expand(*v.shape[:-1], -1, widest - 1).flatten(-2)
+    return torch.cat([spread[..., : larger * widest], tail], dim=-1)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -125,11 +159,22 @@ def tile_range(x: Tensor, input_range: Tensor | None, tile: int, spec: MVMSpec) 
     return None if input_range is None else input_range[tile]
 
 
+def at_rows(v: Tensor | None, rows: slice) -> Tensor | None:
+    """Rows of a value that has one for every row; a scalar as it is."""
+    return v if v is None or v.dim() == 0 else v[rows]
+
+
 def converted(x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
     """One tile's input behind the DAC."""
     if r is None:
         return ref.wide(x)
-    return ref.dac(x, r, spec.inp_res, clamp=spec.range_mode != "dynamic")
+    clamp = spec.range_mode != "dynamic"
+    out = torch.empty_like(x, dtype=ref.wide(x.new_empty(0)).dtype)
+    for b in row_blocks(x):
+        row_range = at_rows(r, b)
+        assert row_range is not None
+        ref.dac(x[b], row_range, spec.inp_res, clamp, out=out[b])
+    return out
 
 
 def tile_output(
@@ -138,26 +183,18 @@ def tile_output(
     """A tile's product with output noise and ADC, not yet clamped, and its bound.
 
     Args:
-        y: the product, outputs last (or as ``peak`` broadcasts).
+        y: the product, outputs last (or as ``peak`` broadcasts). Overwritten.
         draw: standard normal values of y's shape, None without output noise.
     """
     if draw is not None:
-        assert r is not None and peak is not None
-        a = peak if spec.out_noise_per_channel else ref.tile_max(peak, spec.out_sizes)
+        assert r is not None
+        a = scale(peak, spec.out_noise_per_channel, spec)
         y = ref.output_noise(y, a, r, draw, spec.out_noise)
     if not spec.out_bound:
         return y, None
-    assert r is not None and peak is not None
-    a = peak if spec.bound_per_channel else ref.tile_max(peak, spec.out_sizes)
-    bound = ref.adc_bound(r, a, spec.out_bound)
-    return ref.adc(y, bound, spec.out_res), bound
-
-
-def _any_beyond(y: Tensor, bound: Tensor) -> bool:
-    """Whether to mark clipped outputs: on the CPU, whether there are any."""
-    if y.device.type != "cpu" or y.numel() == 0:
-        return True
-    return not bool(y.abs().sub_(bound).max() <= 0)  # a third of the time of the marks
+    assert r is not None
+    bound = ref.adc_bound(r, scale(peak, spec.bound_per_channel, spec), spec.out_bound)
+    return ref.adc_(y, bound, spec.out_res), bound
 
 
 def _draw(y: Tensor, seed: Tensor | None, tile: int, spec: MVMSpec) -> Tensor | None:
@@ -166,6 +203,13 @@ def _draw(y: Tensor, seed: Tensor | None, tile: int, spec: MVMSpec) -> Tensor | 
         return None
     assert seed is not None
     return noise.normal(seed, tile + 1, y.shape, y.dtype)
+
+
+def any_beyond(y: Tensor, bound: Tensor) -> bool:
+    """Whether to mark clipped outputs: on the CPU, whether there are any."""
+    if y.device.type != "cpu" or y.numel() == 0:
+        return True
+    return not bool(y.abs().sub_(bound).max() <= 0)  # a third of the time of the marks
 
 
 def forward(
@@ -197,22 +241,49 @@ def forward(
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
     total = None
     for t, s in tiles(spec.in_sizes):
-        tile_x = rows[..., s]
-        r = tile_range(tile_x, input_range, t, spec)
-        y = product(converted(tile_x, r, spec), modified[..., s])
-        y, bound = tile_output(y, r, peaks[t], _draw(y, seed, t, spec), spec)
-        if bound is not None:
-            if spec.keep and _any_beyond(y, bound):
-                beyond = (y.abs() > bound).view(torch.uint8).flatten(1)
-                clipped[t // _BITS].bitwise_or_(beyond << t % _BITS)
-            y = ref.clamp_to(y, bound)
-        total = y if total is None else total.add_(y)
+        r = tile_range(rows[..., s], input_range, t, spec)
+        y = product(converted(rows[..., s], r, spec), modified[..., s])
+        marks = clipped[t // _BITS] if clipped.numel() else None
+        total = _accumulate(total, y, r, peaks[t], _draw(y, seed, t, spec), marks, t, spec)
     assert total is not None
     out = total.flatten(1)
     if bias is not None:
         out = out.add_(ref.wide(bias))
     kept = modified.view(weight.shape) if keeps_weight(weight, spec) else weight.new_empty(0)
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), clipped, kept
+
+
+def _accumulate(
+    total: Tensor | None,
+    y: Tensor,
+    r: Tensor | None,
+    peak: Tensor | None,
+    draw: Tensor | None,
+    marks: Tensor | None,
+    tile: int,
+    spec: MVMSpec,
+) -> Tensor:
+    """Add one tile's product, behind its ADC, to the sum of the tiles before it.
+
+    Args:
+        total: the sum so far, None for the first tile. Overwritten.
+        y: the product. Overwritten.
+        marks: where to set this tile's bit for clipped outputs, or None.
+    """
+    if draw is None and not spec.out_bound:
+        return y if total is None else total.add_(y)
+    for b in row_blocks(y):
+        z, bound = tile_output(y[b], at_rows(r, b), peak, at_rows(draw, b), spec)
+        if bound is not None:
+            if marks is not None and any_beyond(z, bound):
+                beyond = (z.abs() > bound).view(torch.uint8).flatten(1)
+                marks[b].bitwise_or_(beyond << tile % _BITS)
+            z = ref.clamp_to(z, bound, out=y[b])
+        if total is not None:
+            total[b].add_(z)
+        elif spec.out_noise and bound is None:
+            y[b] = z
+    return y if total is None else total
 
 
 def backward(
@@ -241,7 +312,7 @@ def backward(
     rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
     w = grouped(weight, spec.groups, 0)
     peaks: list[Tensor | None] = []
-    if modified.numel() == 0:
+    if not is_kept(modified):
         modified, peaks = modified_weight(w, clip, seed, spec)
     else:
         modified = grouped(modified, spec.groups, 0)
@@ -257,12 +328,11 @@ def backward(
     out = Gradients(*(x.new_empty(0) for _ in needs))
     if need_x or need_range:
         grad_x = _join([product(tile_g, modified[..., s].mT) for tile_g, s in products])
+        grads = [_through_clamp(grad_x[..., s], rows[..., s], ranges[t], spec) for t, s in spans]
         if need_range:
-            grads = [_range_grad(grad_x[..., s], rows[..., s], ranges[t], spec) for t, s in spans]
             out = out._replace(input_range=torch.stack(grads))
         if need_x:
-            cut = [_behind_clamp(grad_x[..., s], rows[..., s], ranges[t], spec) for t, s in spans]
-            out = out._replace(x=_join(cut).reshape(x.shape).to(x.dtype))
+            out = out._replace(x=grad_x.reshape(x.shape).to(x.dtype))
     if need_w or need_clip:
         grad_w = _join([outer(tile_g, analog_x[..., s]) for tile_g, s in products])
         if clip is not None:
@@ -306,9 +376,9 @@ def _passed(
 ) -> list[Tensor]:
     """The gradient that each tile's ADC lets through: ``g`` itself where nothing is clipped."""
     count = len(spec.in_sizes)
-    if not spec.out_bound:
+    if not spec.out_bound or g.numel() == 0:
         return [g] * count
-    if clipped.numel() == 0:
+    if not is_kept(clipped):
         masks = []
         for t, s in tiles(spec.in_sizes):
             y = product(analog_x[..., s], modified[..., s])
@@ -323,16 +393,27 @@ def _passed(
     return [g.masked_fill(mask, 0.0) for mask in masks]
 
 
-def _range_grad(grad_x: Tensor, x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
-    """Gradient of one tile's learned range from the gradient at its clamped input."""
-    assert r is not None
-    if spec.range_mode == "fast":
-        return ref.range_grad_fast(grad_x, x, r)
-    return ref.range_grad_static(grad_x, x, r, spec.decay, spec.input_min_percentage)
+def _through_clamp(grad: Tensor, x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
+    """Take one tile's gradient through the clamp of its input, in place.
 
+    Args:
+        grad: gradient at the clamped input; on return, at the raw input.
 
-def _behind_clamp(grad_x: Tensor, x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
-    """A tile's gradient at its raw input."""
+    Returns:
+        The gradient of the tile's range, (). Zero where there is no learned range.
+    """
+    data, count = grad.new_zeros(()), grad.new_zeros(())
     if r is None or spec.range_mode == "dynamic":
-        return grad_x
-    return grad_x * ref.inside(x, r)
+        return data
+    for b in row_blocks(grad):
+        if spec.range_mode == "fast":
+            data += ref.range_grad_fast(grad[b], x[b], r)
+        else:
+            beyond = ref.saturated(x[b], r)
+            count += beyond.sum()
+            data += ref.saturation_grad(grad[b], x[b], beyond)
+        grad[b].mul_(ref.inside(x[b], r))
+    if spec.range_mode == "fast":
+        return data
+    share = count / x.numel()
+    return ref.range_grad(data, share, r, spec.decay, spec.input_min_percentage)

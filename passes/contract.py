@@ -13,7 +13,7 @@ bring parameters and buffers in, by :func:`mark_stationary`; that is all a pass 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -101,10 +101,6 @@ class Context:
     training: bool
     sites: list[Site] = field(default_factory=list)
 
-    def with_config(self, config: Resolved | None) -> Context:
-        """A fresh context for another config."""
-        return replace(self, config=config, sites=[])
-
 
 def split_sizes(size: int, limit: int) -> list[int]:
     """Sizes of the tiles that one axis is cut into: as equal as can be, larger ones first.
@@ -140,16 +136,79 @@ def weight_value(node: Any) -> Tensor | None:
     return None
 
 
+_CASTS = {"to", "type_as", "type", "float", "double", "half", "bfloat16"}
+
+
+def without_cast(node: Node) -> Node:
+    """What a node casts to another dtype, or the node itself."""
+    while "cast_of" in node.meta:
+        node = node.meta["cast_of"]
+    return node
+
+
+def sources(value: Node) -> list[Node]:
+    """The nodes that a weight is computed by, in order, itself included; casts left out."""
+    found: dict[Node, None] = {}
+    pending = [value]
+    while pending:
+        node = without_cast(pending.pop())
+        if node not in found:
+            found[node] = None
+            pending.extend(node.all_input_nodes)
+    return sorted(found)
+
+
+def _writes(node: Node) -> bool:
+    """Whether a call changes its input in place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def _describes(node: Node) -> bool:
+    """Whether a node's value is a shape, dtype or device, or computed from such.
+
+    To be asked in the graph's order.
+    """
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_function" and all(n.meta["describes"] for n in node.all_input_nodes)
+
+
 def propagate_stationary(graph: Graph) -> None:
-    """Mark every node that is computed from marked nodes alone, with its shape."""
+    """Mark every node that is computed from marked nodes alone, with its shape.
+
+    A weight that is cast to whatever dtype the input has counts, too. A call that writes to a
+    weight is not marked, so that it stays where it is; ``meta["written"]`` notes it on the weight.
+    What is cut from a weight by the input's shape is no weight of a tile; ``meta["cut_from"]``
+    notes the weight on it.
+    """
     for node in graph.nodes:
         inputs = node.all_input_nodes
+        node.meta["describes"] = _describes(node)
         if (
             "stationary" in node.meta
             or node.op not in ("call_function", "call_method")
             or not inputs
-            or not all("stationary" in n.meta for n in inputs)
         ):
+            continue
+        if _writes(node):
+            written = node.kwargs.get("out", node.args[0] if node.args else None)
+            if weight_value(written) is not None:
+                for source in sources(written):  # type: ignore[arg-type]
+                    source.meta["written"] = True
+            continue
+        cast = node.target in _CASTS and weight_value(node.args[0]) is not None
+        if not all("stationary" in n.meta for n in inputs):
+            if cast:  # to what an input of the model is
+                node.meta["cast_of"], meta = node.args[0], node.args[0].meta  # type: ignore
+                mark_stationary(node, meta["stationary"], meta["parameter"])
+                continue
+            weights = [n.meta.get("cut_from", n) for n in inputs if not n.meta["describes"]]
+            if len(weights) == 1 and weight_value(weights[0]) is not None:
+                node.meta["cut_from"] = weights[0]
             continue
         args, kwargs = torch.fx.node.map_arg(
             (node.args, node.kwargs), lambda n: n.meta["stationary"]
@@ -163,11 +222,14 @@ def propagate_stationary(graph: Graph) -> None:
             continue
         names = [n.meta["parameter"] for n in inputs if n.meta["parameter"] is not None]
         mark_stationary(node, value, names[0] if names else None)
+        if cast and value.is_floating_point():
+            node.meta["cast_of"] = node.args[0]
 
 
 def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
     """Note on a product's node that it stays digital, and why."""
-    weights = [n for n in node.all_input_nodes if weight_value(n) is not None]
+    operands = [n.meta.get("cut_from", n) for n in node.all_input_nodes]
+    weights = [n for n in operands if weight_value(n) is not None]
     largest = max(weights, key=lambda n: n.meta["stationary"].numel())
     node.meta["decision"] = Decision(
         name=largest.meta["parameter"],

@@ -25,12 +25,12 @@ def normalize_einsum(
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:
         raise Refused("only an einsum of two operands, with its equation as a string, is one MVM")
-    terms, _, result = equation.replace(" ", "").partition("->")
+    terms, arrow, result = equation.replace(" ", "").partition("->")
     left, right = terms.split(",")
     if weight_value(operands[1]) is None:
         operands, left, right = operands[::-1], right, left
     x, weight = operands
-    if not result:
+    if not arrow:
         raise Refused("an einsum without '->' leaves its output implicit")
     return _contract(graph, kind, x, weight, left, right, result)
 

@@ -189,7 +189,7 @@ def _weights(
         if emit.site.groups > 1:
             clip = emit.method("tile", "unflatten", clip, 0, (emit.site.groups, -1))
         plain = emit.method("tile", "detach", clip)
-        row_max = emit.method("row_max", "abs", emit.method("tile", "float", plain))
+        row_max = emit.method("row_max", "abs", plain)
     else:
         row_max = emit.call("row_max", dialect.row_max.default, emit.method("tile", "detach", w))
     if clip is not None:

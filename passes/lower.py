@@ -147,7 +147,7 @@ def _spec(site: Site, nodes: list[Node], training: bool) -> MVMSpec:
         "input_min_percentage": percentage,
         "inp_res": inp_res,
         "weight_states": modified.args[2] if modified else 0.0,
-        "weight_per_channel": _per_channel(quantize, 1),
+        "weight_per_channel": clip is not None or _per_channel(quantize, 1),
         "noise_std": noise.args[3] if noise else 0.0,
         "noise_per_channel": _per_channel(noise, 1),
         "out_noise": output.args[4] if output else 0.0,

@@ -62,6 +62,12 @@ def _transposed(graph: Graph, weight: Node) -> Node:
     return weight.args[0] if twice else graph.call_method("t", (weight,))  # type: ignore[return-value]
 
 
+def _is_bias(value: Any, outputs: int) -> bool:
+    """Whether an addend is a vector with an element for every output, and no activation."""
+    known = value.meta.get("stationary") if isinstance(value, Node) else None
+    return isinstance(known, Tensor) and tuple(known.shape) == (outputs,)
+
+
 def _addmm(
     graph: Graph,
     node: Node,
@@ -73,14 +79,16 @@ def _addmm(
     beta: Any = 1,
     alpha: Any = 1,
 ) -> Node:
-    if weight_value(mat2) is None:
+    value = weight_value(mat2)
+    if value is None:
         raise Refused("addmm with the weight on the left, or only in the addend")
-    bias = weight_value(input)
     weight = _transposed(graph, mat2)
-    if (beta, alpha) == (1, 1) and bias is not None and bias.dim() == 1:
+    if (beta, alpha) == (1, 1) and _is_bias(input, value.shape[1]):
         return linear_node(graph, kind, mat1, weight, input)
     product = linear_node(graph, kind, mat1, weight)
     scaled = graph.call_function(operator.mul, (product, alpha))
+    if beta == 0:  # which leaves out even a NaN
+        return scaled
     addend = graph.call_function(operator.mul, (input, beta))
     return graph.call_function(operator.add, (addend, scaled))
 
@@ -93,6 +101,9 @@ def _linear(
         raise Refused("the bias is a parameter, the weight is not")
     if value.dim() != 2:
         raise Refused(f"the weight has {value.dim()} dimensions, a tile has 2")
+    if bias is not None and not _is_bias(bias, value.shape[0]):
+        product = linear_node(graph, kind, input, weight)
+        return graph.call_function(operator.add, (product, bias))
     if len(node.args) == 3 and not node.kwargs:
         return None
     return linear_node(graph, kind, input, weight, bias)
@@ -180,14 +191,18 @@ def normalize(graph: Graph, context: Context) -> int:
     count = 0
     for node in list(graph.nodes):
         rule = _RULES.get(node.target) if node.op in ("call_function", "call_method") else None
-        operands = [n for n in node.all_input_nodes if weight_value(n) is not None]
-        if not operands or "stationary" in node.meta or "decision" in node.meta:
+        weights = [n for n in node.all_input_nodes if weight_value(n) is not None]
+        cut = any("cut_from" in n.meta for n in node.all_input_nodes)
+        if not (weights or cut) or {"stationary", "cut_from", "decision"} & node.meta.keys():
             continue  # no parameter in it, or nothing but parameters, or decided already
         if rule is None:
             if node.op in ("call_function", "call_method") and node.target in _DIGITAL:
                 refuse(node, _DIGITAL[node.target], "no tile computes this product", "normalize")
             continue
         kind, rewrite = rule
+        if not weights:
+            refuse(node, kind, "the weight is cut by the input's shape", "normalize")
+            continue
         try:
             with graph.inserting_before(node):
                 new = _apply(rewrite, graph, node, kind)

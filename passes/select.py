@@ -16,6 +16,7 @@ from analogfx.passes.contract import (
     Site,
     StateNames,
     refuse,
+    sources,
     split_sizes,
     weight_value,
 )
@@ -34,18 +35,6 @@ def _is_view(node: Node) -> bool:
     return node.op == "get_attr" or name in _VIEWS
 
 
-def _weight_nodes(weight: Node) -> list[Node]:
-    """The nodes that a weight is computed by, in order."""
-    found: dict[Node, None] = {}
-    pending = [weight]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found[node] = None
-            pending.extend(node.all_input_nodes)
-    return sorted(found)
-
-
 def _objection(weight: Node, config: Resolved | None) -> str | None:
     """Why a canonical product stays digital, None if it need not."""
     value = weight_value(weight)
@@ -56,7 +45,9 @@ def _objection(weight: Node, config: Resolved | None) -> str | None:
         return f"the weight is {value.dtype}, a tile holds float weights"
     if value.numel() == 0:
         return "the weight has no elements"
-    if config.clip_sigma and not all(_is_view(n) for n in _weight_nodes(weight)):
+    if any(n.meta.get("written") for n in sources(weight)):
+        return "the weight is changed in place"
+    if config.clip_sigma and not all(_is_view(n) for n in sources(weight)):
         return "Gaussian clipping cannot be written back to a computed weight"
     return None
 

@@ -1,0 +1,15 @@
+"""What every test shares: how hypothesis draws, and the summary of the parity tests."""
+
+import oracle
+from hypothesis import settings
+
+# The same examples on every machine and in every run: what is red stays red until it is mended.
+# `pytest --hypothesis-profile=default` draws others.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, database=None, report_multiple_bugs=False
+)
+settings.load_profile("ci")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(oracle.summary())
