@@ -20,10 +20,9 @@ from torch import Tensor
 from analogfx.kernels import conv, linear, noise, statistics
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
-from analogfx.kernels.spec import MVMSpec, schema
+from analogfx.kernels.spec import MVMSpec, decode
 
 _library = torch.library.Library("analogfx", "DEF")
-_SPEC, _WINDOW = schema(MVMSpec), schema(Window)
 
 # Inside a site autocast has had its say (see `autocast`): nothing below may be cast again.
 _AUTOCAST = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
@@ -63,6 +62,11 @@ def autocast(x: Tensor | None) -> Tensor | None:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def _window(text: str) -> Window | None:
+    """Geometry of a convolution; an empty text for none."""
+    return decode(Window, text) if text else None
+
+
 def _wide_like(x: Tensor, shape: Sequence[Any] | None = None) -> Tensor:
     """An empty tensor in the precision that sites compute in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -90,43 +94,13 @@ _define(
 )
 
 
-def _update_range(
-    x: Tensor,
-    input_range: Tensor,
-    count: Tensor,
-    x_min: Tensor,
-    x_max: Tensor,
-    range_mode: str,
-    groups: int,
-    in_sizes: list[int],
-    init_from_data: int,
-    init_std_alpha: float,
-    momentum: float,
-    *window: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return statistics.update_range(
-        x,
-        input_range,
-        count,
-        x_min,
-        x_max,
-        range_mode,
-        groups,
-        in_sizes,
-        Window(*window) if window[0] else None,
-        init_from_data,
-        init_std_alpha,
-        momentum,
-    )
-
-
 _define(
     "update_range",
     "Tensor x, Tensor input_range, Tensor count, Tensor x_min, Tensor x_max, str range_mode, "
-    "int groups, int[] in_sizes, int init_from_data, float init_std_alpha, float momentum, "
-    + _WINDOW,
+    "int groups, int[] in_sizes, str window, int init_from_data, float init_std_alpha, "
+    "float momentum",
     "(Tensor, Tensor, Tensor, Tensor)",
-    _update_range,
+    lambda *args: statistics.update_range(*(*args[:8], _window(args[8]), *args[9:])),
     lambda x, *state_and_rest: tuple(torch.empty_like(t) for t in state_and_rest[:4]),
 )
 
@@ -310,6 +284,8 @@ _define(
 )
 
 # --------------------------------------------------------------------------------- fused level
+#
+# The scalars of a site travel as one text, see `analogfx.kernels.spec.encode`.
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? clip, Tensor? seed, "
 _BACKWARD_INPUTS = (
@@ -321,7 +297,7 @@ _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, *state = inputs[:6]
-    ctx.scalars = inputs[6:]
+    ctx.texts = inputs[6:]
     _, clipped, modified = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(clipped, modified)
@@ -332,14 +308,13 @@ def _fused_backward(
     op: Callable[..., tuple[Tensor, ...]],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (1 + len(ctx.scalars))  # the seed and the scalars
+        nothing = (None,) * (1 + len(ctx.texts))  # the seed and the texts
         needs = list(ctx.needs_input_grad[:5])
         if grad is None:
             return (None,) * 5 + nothing
-        gradients = op(grad, *ctx.saved_tensors, needs, *ctx.scalars)
-        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + (
-            nothing
-        )
+        gradients = op(grad, *ctx.saved_tensors, needs, *ctx.texts)
+        wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return (*wanted, *nothing)
 
     return backward
 
@@ -354,7 +329,7 @@ def _fake_gradients(
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
-    *scalars: Any,
+    *texts: str,
 ) -> tuple[Tensor, ...]:
     bias = weight.new_empty(weight.shape[0])
     return tuple(
@@ -363,24 +338,24 @@ def _fake_gradients(
     )
 
 
-def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    spec = MVMSpec(*rest[4:])
+def _fake_kept(
+    x: Tensor, weight: Tensor, out: Sequence[Any], clipped: Sequence[Any], spec: MVMSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stand-ins for what a fused op returns."""
     kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
-    return (
-        x.new_empty((*x.shape[:-1], weight.shape[0])),
-        x.new_empty(linear.clipped_shape(x, weight, spec), dtype=torch.uint8),
-        kept,
-    )
+    return x.new_empty(out), x.new_empty(clipped, dtype=torch.uint8), kept
+
+
+def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    spec = decode(MVMSpec, rest[-1])
+    out = (*x.shape[:-1], weight.shape[0])
+    return _fake_kept(x, weight, out, linear.clipped_shape(x, weight, spec), spec)
 
 
 def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    window, spec = _window_and_spec(rest[4:])
-    kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
-    return (
-        x.new_empty(conv.out_shape(x, weight, window)),
-        x.new_empty(conv.clipped_shape(x, weight, window, spec), dtype=torch.uint8),
-        kept,
-    )
+    window, spec = decode(Window, rest[-2]), decode(MVMSpec, rest[-1])
+    out = conv.out_shape(x, weight, window)
+    return _fake_kept(x, weight, out, conv.clipped_shape(x, weight, window, spec), spec)
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -392,64 +367,45 @@ def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
-# The arguments of one op are many and of fixed order; what is a tensor, what a window and what the
-# spec is told apart here and nowhere else.
-
-
-def _analog_linear(
-    x: Any, weight: Any, bias: Any, input_range: Any, clip: Any, seed: Any, *s: Any
-) -> Any:
+def _analog_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    *state, text = rest
+    spec = decode(MVMSpec, text)
     _check_dtypes(x, weight, bias)
-    spec = MVMSpec(*s)
     if x.dim() == 0 or x.shape[-1] != spec.groups * weight.shape[1]:
         raise RuntimeError(
             f"analog product: the input is {tuple(x.shape)}, its last axis should be "
             f"{spec.groups * weight.shape[1]} for a weight of {tuple(weight.shape)}"
         )
-    return linear.forward(x, weight, bias, input_range, clip, seed, spec)
+    return linear.forward(*(x, weight, bias, *state, spec))
 
 
-def _analog_linear_backward(
-    grad: Any, x: Any, weight: Any, input_range: Any, clip: Any, seed: Any, clipped: Any,
-    modified: Any, needs: Any, *s: Any,
-) -> Any:  # fmt: skip
-    return linear.backward(
-        grad, x, weight, input_range, clip, seed, clipped, modified, needs, MVMSpec(*s)
-    )
+def _analog_linear_backward(*args: Any) -> Any:
+    *tensors, text = args
+    return linear.backward(*(*tensors, decode(MVMSpec, text)))
 
 
-def _analog_conv(
-    x: Any, weight: Any, bias: Any, input_range: Any, clip: Any, seed: Any, *s: Any
-) -> Any:
+def _analog_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    *state, window, text = rest
     _check_dtypes(x, weight, bias)
-    window, spec = _window_and_spec(s)
-    return conv.forward(x, weight, bias, input_range, clip, seed, window, spec)
+    specs = decode(Window, window), decode(MVMSpec, text)
+    return conv.forward(*(x, weight, bias, *state, *specs))
 
 
-def _analog_conv_backward(
-    grad: Any, x: Any, weight: Any, input_range: Any, clip: Any, seed: Any, clipped: Any,
-    modified: Any, needs: Any, *s: Any,
-) -> Any:  # fmt: skip
-    return conv.backward(
-        grad, x, weight, input_range, clip, seed, clipped, modified, needs, *_window_and_spec(s)
-    )
-
-
-def _window_and_spec(scalars: tuple[Any, ...]) -> tuple[Window, MVMSpec]:
-    axes = len(Window._fields)
-    return Window(*scalars[:axes]), MVMSpec(*scalars[axes:])
+def _analog_conv_backward(*args: Any) -> Any:
+    *tensors, window, text = args
+    return conv.backward(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
 
 
 _define(
     "analog_linear_backward",
-    _BACKWARD_INPUTS + _SPEC,
+    _BACKWARD_INPUTS + "str spec",
     _GRADIENTS,
     _analog_linear_backward,
     _fake_gradients,
 )
 _define(
     "analog_linear",
-    _INPUTS + _SPEC,
+    _INPUTS + "str spec",
     "(Tensor, Tensor, Tensor)",
     _analog_linear,
     _fake_linear,
@@ -458,14 +414,14 @@ _define(
 )
 _define(
     "analog_conv_backward",
-    f"{_BACKWARD_INPUTS}{_WINDOW}, {_SPEC}",
+    _BACKWARD_INPUTS + "str window, str spec",
     _GRADIENTS,
     _analog_conv_backward,
     _fake_gradients,
 )
 _define(
     "analog_conv",
-    f"{_INPUTS}{_WINDOW}, {_SPEC}",
+    _INPUTS + "str window, str spec",
     "(Tensor, Tensor, Tensor)",
     _analog_conv,
     _fake_conv,

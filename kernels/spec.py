@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+import functools
+import json
+from typing import NamedTuple, TypeVar
 
 
 class MVMSpec(NamedTuple):
@@ -12,30 +14,30 @@ class MVMSpec(NamedTuple):
     fraction of the full range, 0 means off. Every other strength is off at 0, too.
     """
 
-    groups: int
-    """Independent matrices side by side (1 for a linear layer)."""
     in_sizes: list[int]
     """Inputs of each tile; they sum to the inputs of one group."""
     out_sizes: list[int]
     """Outputs of each row of tiles; they sum to the outputs of all groups."""
-    range_mode: str
+    groups: int = 1
+    """Independent matrices side by side (1 for a linear layer)."""
+    range_mode: str = "none"
     """"none", "static", "fast" or "dynamic"."""
-    decay: float
-    input_min_percentage: float
-    inp_res: float
-    weight_states: float
+    decay: float = 0.0
+    input_min_percentage: float = 0.0
+    inp_res: float = 0.0
+    weight_states: float = 0.0
     """Number of weight states, 0 for continuous weights."""
-    weight_per_channel: bool
-    noise_std: float
+    weight_per_channel: bool = False
+    noise_std: float = 0.0
     """Weight noise over the tile's (or the row's) largest weight."""
-    noise_per_channel: bool
-    out_noise: float
+    noise_per_channel: bool = False
+    out_noise: float = 0.0
     """Noise of each tile's outputs over its range and largest weight."""
-    out_noise_per_channel: bool
-    out_bound: float
-    out_res: float
-    bound_per_channel: bool
-    keep: bool
+    out_noise_per_channel: bool = False
+    out_bound: float = 0.0
+    out_res: float = 0.0
+    bound_per_channel: bool = False
+    keep: bool = False
     """Whether the forward keeps what the backward would otherwise compute again."""
 
     @property
@@ -44,10 +46,21 @@ class MVMSpec(NamedTuple):
         return bool(self.weight_states or self.noise_std or self.out_noise or self.out_bound)
 
 
-_SCHEMA_TYPES = {int: "int", list[int]: "int[]", str: "str", float: "float", bool: "bool"}
+_Spec = TypeVar("_Spec", bound=tuple)
 
 
-def schema(spec: type[tuple]) -> str:
-    """The arguments of a ``torch.library`` schema that carry the fields of a spec, in order."""
-    fields = get_type_hints(spec).items()
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields)
+def encode(spec: _Spec) -> str:
+    """A spec as the text that an op carries: JSON, without what is at its default.
+
+    One argument instead of twenty: torch's bookkeeping for an op with a derivative takes time
+    quadratic in the number of its arguments, over 0.1 ms a call for twenty.
+    """
+    defaults = spec._field_defaults  # type: ignore[attr-defined]
+    values = spec._asdict().items()  # type: ignore[attr-defined]
+    return json.dumps({name: v for name, v in values if v != defaults.get(name)})
+
+
+@functools.cache
+def decode(kind: type[_Spec], text: str) -> _Spec:
+    """The spec of a kind that a text stands for. Not to be written to: equal texts share it."""
+    return kind(**json.loads(text))

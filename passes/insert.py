@@ -121,10 +121,10 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
         config.range_mode,
         emit.site.groups,
         [sum(emit.site.in_sizes)],
+        "",  # patches, if any, are made
         config.init_from_data,
         config.init_std_alpha,
         config.momentum,
-        *[[]] * len(Window._fields),  # patches, if any, are made
     )
     for number, place in enumerate(stored):
         new = emit.call("state", operator.getitem, updated, number)
@@ -182,6 +182,7 @@ def _weights(
 ) -> tuple[Node, Node | None]:
     """The weights as the tile holds them, and what scales noise and bounds of its rows."""
     clip = row_max = None
+    whole = w
     if config.learnable_clip:
         clip = emit.call(
             "tile_clip", torch.select, emit.attribute("state", emit.site.state.clip), 0, 0
@@ -199,7 +200,8 @@ def _weights(
         w = emit.call("quantize", dialect.quantize_weight.default, w, bound, config.weight_states)
     if seed is not None and config.noise_std:
         a = _scale(emit, row_max, config.noise_per_channel)
-        draw = emit.call("weight_normal", dialect.normal_like.default, w, seed, 0)
+        plain = emit.method("state", "detach", whole)  # of the shape of all tiles together
+        draw = emit.call("weight_normal", dialect.normal_like.default, plain, seed, 0)
         w = emit.call("weight_noise", dialect.weight_noise.default, w, a, draw, config.noise_std)
     return w, row_max
 

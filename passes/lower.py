@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from analogfx import ops
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.passes.contract import Context, Site, sweep
 from analogfx.passes.insert import Emitter, dialect
 from analogfx.passes.map_tiles import PER_TILE, made_for, role
@@ -62,7 +62,7 @@ def _fuse(graph: Graph, site: Site, training: bool) -> bool:
 def _linear(
     emit: Emitter, x: Node, weight: Any, bias: Any, state: tuple[Any, ...], spec: MVMSpec
 ) -> Node:
-    fused = emit.call("fused", dialect.analog_linear.default, x, weight, bias, *state, *spec)
+    fused = emit.call("fused", dialect.analog_linear.default, x, weight, bias, *state, encode(spec))
     return emit.call("fused", operator.getitem, fused, 0)
 
 
@@ -77,7 +77,7 @@ def _convolution(
 ) -> Node:
     dims = len(window.stride)
     image = emit.call("fused", patches.with_batch, x, dims)
-    inputs = (image, weight, bias, *state, *window, *spec)
+    inputs = (image, weight, bias, *state, encode(window), encode(spec))
     y = emit.call(
         "fused", operator.getitem, emit.call("fused", dialect.analog_conv.default, *inputs), 0
     )
@@ -91,7 +91,7 @@ def _update_from_image(emit: Emitter, update: Node | None, x: Node, window: Wind
     with emit.graph.inserting_before(update):
         image = emit.call("fused", patches.with_batch, x, len(window.stride))
         plain = emit.method("fused", "detach", image)
-    update.args = (plain, *update.args[1:6], 1, *update.args[7:-4], *window)
+    update.args = (plain, *update.args[1:6], 1, update.args[7], encode(window), *update.args[9:])
 
 
 def _first(nodes: list[Node], wanted: str) -> Node | None:
