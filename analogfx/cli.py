@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from analogfx import __version__
+from analogfx import __version__, demo
 from analogfx.errors import AnalogfxError
 
 
@@ -40,24 +40,34 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "Train a small CNN on handwritten digits for an analog chip, and show what that gains."
-    demo = commands.add_parser("demo", help=text, description=text)
-    demo.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
-    demo.add_argument("--seed", type=int, help="of data split, training and noise (default: 0)")
-    demo.add_argument("--epochs", type=_positive, help="of each of the three trainings")
-    demo.add_argument("--quick", action="store_true", help="a rough result in a few seconds")
-    demo.set_defaults(run=_run_demo)
+    parser = commands.add_parser("demo", help=text, description=text)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument(
+        "--seed",
+        type=_whole_number(0),
+        metavar="N",
+        help="of the data split, the trainings and the noise (default: 0)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=_whole_number(1),
+        metavar="N",
+        help="of each of the three trainings (default: 30, or 12 with --quick)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a rough result in a few seconds")
+    parser.set_defaults(run=_run_demo)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
-    return number
+def _whole_number(lowest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {lowest} on")
+        return int(text)
+
+    return parse
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
-    from analogfx import demo  # not above: --help does without torch's optimizers and the like
-
     given = {name: getattr(arguments, name) for name in ("seed", "epochs")}
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = demo.quick(**chosen) if arguments.quick else demo.Settings(**chosen)

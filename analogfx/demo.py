@@ -50,7 +50,7 @@ class DemoError(AnalogfxError):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep torch on one core: these tensors gain nothing from more, and the result would differ."""
+    """Keep torch on one core: small tensors gain nothing from more, and sums would differ."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -233,11 +233,11 @@ def under_noise(
 ) -> list[dict[str, Any]]:
     """Program each model ``settings.draws`` times at each strength and measure its accuracy.
 
-    Every draw is a fresh seed, which the models share, so that they are compared on equal noise.
+    Every draw has a seed of its own, which the models share, to be compared on equal noise.
 
     Returns:
-        A row for each strength: ``std_dev``, the ``seeds``, and the ``mean`` and ``std`` (over
-        the draws) of the accuracy under each model's name.
+        A row for each strength: ``std_dev``, the ``first_seed`` of its draws (the others count on
+        from it), and under each model's name ``mean`` and ``std`` of the accuracy over the draws.
     """
     rows: list[dict[str, Any]] = []
     total = len(models) * len(settings.strengths) * settings.draws
@@ -245,7 +245,7 @@ def under_noise(
         for std_dev in settings.strengths:
             first = (settings.seed * len(settings.strengths) + len(rows)) * settings.draws
             seeds = range(first, first + settings.draws)
-            row: dict[str, Any] = {"std_dev": std_dev, "seeds": list(seeds)}
+            row: dict[str, Any] = {"std_dev": std_dev, "first_seed": first}
             for name, model in models.items():
                 accuracies = []
                 for seed in seeds:
@@ -305,7 +305,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="lower left", framealpha=1, edgecolor="none")
     figure.savefig(path, dpi=200)
 
 

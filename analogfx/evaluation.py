@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from analogfx.kernels import noise
-from analogfx.module import AnalogModule, AnalogSite, row_maxima, sites
-from analogfx.training import _store as store_weight
+from analogfx.module import AnalogModule, AnalogSite, row_maxima, sites, store_weight
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -373,6 +374,45 @@ def _register_state(module: nn.Module, site: AnalogSite, config: Resolved) -> No
     if config.learnable_clip:
         module.register_parameter(names.clip, nn.Parameter(empty(tiles, sum(site.out_sizes))))
     reset_state(module, site)
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def is_view(weight: Tensor, module: nn.Module, site: AnalogSite) -> bool:
+    """Whether writing to a weight writes to the parameter that it is computed from."""
+    try:
+        parameter = module.get_parameter(site.name)
+    except AttributeError:
+        return False
+    return weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+
+
+def store_weight(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
+    """Write a weight, (O, I), back to the parameter that it is a rearrangement of."""
+    weight = site.weight(module)
+    if is_view(weight, module, site):
+        weight.copy_(matrix.view(weight.shape))
+        return
+    # On the way from the parameter to the weight its elements are copied: follow their indices.
+    try:
+        parameter = module.get_parameter(site.name)
+        index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+        origin = site.weight(_stand_in(site.name, index))
+    except AttributeError:
+        raise CaptureError(
+            f"{type(module).__name__}: the weight is computed from {site.name} and more, "
+            "so it cannot be written back"
+        ) from None
+    values = matrix.flatten().to(weight.dtype)
+    parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
+
+
+def _stand_in(path: str, value: Any) -> Any:
+    """An object that has one attribute, at a path."""
+    for name in reversed(path.split(".")):
+        value = SimpleNamespace(**{name: value})
+    return value
 
 
 # ------------------------------------------------------------------------------ there and back

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from analogfx.config import Resolved, WeightQuantizationType, resolve
-from analogfx.errors import CaptureError
 from analogfx.kernels import linear
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
-from analogfx.module import AnalogModule, AnalogSite, sites
+from analogfx.module import AnalogModule, AnalogSite, is_view, sites, store_weight
 
 
 def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
@@ -43,8 +39,8 @@ def clip_weights(analog: nn.Module) -> None:
         if config.clip_sigma:
             matrix = site.weight(module).flatten(1)
             _clip(matrix, config)
-            if not _is_view(matrix, module, site):
-                _store(module, site, matrix)
+            if not is_view(matrix, module, site):
+                store_weight(module, site, matrix)
 
 
 def _clip(matrix: Tensor, config: Resolved) -> None:
@@ -71,7 +67,7 @@ def quantize_weights(analog: nn.Module) -> None:
         if not config.weight_states and not config.learnable_clip:
             continue
         for site in placement.sites:
-            _store(module, site, _quantized(module, site))
+            store_weight(module, site, _quantized(module, site))
         placement.config.modifier.quantization_type = WeightQuantizationType.NONE
         placement.programs = {}
         placement.prepare(module)
@@ -96,39 +92,3 @@ def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:
         else:
             out.append(ref.clip_weight(part, bound.unsqueeze(-1)))
     return torch.cat(out, dim=1)
-
-
-def _is_view(weight: Tensor, module: nn.Module, site: AnalogSite) -> bool:
-    """Whether writing to a weight writes to the parameter that it is computed from."""
-    try:
-        parameter = module.get_parameter(site.name)
-    except AttributeError:
-        return False
-    return weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-
-
-def _store(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
-    """Write a weight, (O, I), back to the parameter that it is a rearrangement of."""
-    weight = site.weight(module)
-    if _is_view(weight, module, site):
-        weight.copy_(matrix.view(weight.shape))
-        return
-    # On the way from the parameter to the weight its elements are copied: follow their indices.
-    try:
-        parameter = module.get_parameter(site.name)
-        index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
-        origin = site.weight(_stand_in(site.name, index))
-    except AttributeError:
-        raise CaptureError(
-            f"{type(module).__name__}: the weight is computed from {site.name} and more, "
-            "so it cannot be written back"
-        ) from None
-    values = matrix.flatten().to(weight.dtype)
-    parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
-
-
-def _stand_in(path: str, value: Any) -> Any:
-    """An object that has one attribute, at a path."""
-    for name in reversed(path.split(".")):
-        value = SimpleNamespace(**{name: value})
-    return value

@@ -1,6 +1,7 @@
 """The one check command, for developers and for CI: ``python tools/check.py [--only NAME ...]``."""
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,8 @@ def check_lint() -> bool:
 
 def check_types() -> bool:
     """Types of the package, by mypy."""
-    options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    # No cache: it would belong to the temporary copy that the last run looked at.
+    options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", os.devnull]
     return run_on_package(BIN / "mypy", *options, "-p", "analogfx")
 
 
