@@ -53,3 +53,7 @@ class PlacementError(AnalogfxError):
 
 class CheckpointError(AnalogfxError):
     """A checkpoint that is damaged, foreign, or made for another model."""
+
+
+class OnnxError(AnalogfxError):
+    """An ONNX export that cannot be made or that disagrees, or a file that cannot be read."""

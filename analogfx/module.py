@@ -157,6 +157,7 @@ class Placement:
         self.number = number
         """Keeps like draws of different modules apart in a compiled graph."""
         self.config = config
+        self.resolved = resolve(config)
         self.programs: dict[tuple[bool, Pattern], Program] = {}
         self.takes_constants = False
 
@@ -180,6 +181,11 @@ class Placement:
         for training in (True, False):
             self.program(module, training, default_pattern(module))
 
+    def change(self, module: nn.Module, config: TorchInferenceRPUConfig) -> None:
+        """Another config for a module that is analog already."""
+        self.config, self.resolved, self.programs = config, resolve(config), {}
+        self.prepare(module)
+
     def adopt(self, module: nn.Module, programs: dict[tuple[bool, Pattern], Program]) -> None:
         """Take programs that were built for a module that looks alike."""
         self.takes_constants = takes_constants(module)
@@ -194,7 +200,7 @@ class Placement:
         """
         program = self.programs.get((training, pattern))
         if program is None:
-            program = build(module, resolve(self.config), training, pattern)
+            program = build(module, self.resolved, training, pattern)
             if self.programs:
                 check_same_sites(next(iter(self.programs.values())), program)
             self.programs[training, pattern] = program
@@ -334,7 +340,7 @@ def reset_state(module: nn.Module, site: AnalogSite, only: set[str] | None = Non
     analog = module._analog
     assert isinstance(analog, Placement)
     values: dict[str, Any] = {
-        site.state.input_range: resolve(analog.config).init_value,
+        site.state.input_range: analog.resolved.init_value,
         site.state.count: 0,
         site.state.x_min: -ref.UNTOUCHED,
         site.state.x_max: ref.UNTOUCHED,
@@ -433,7 +439,7 @@ def swap(module: nn.Module, placement: Placement) -> None:
     """
     module._analog = placement  # type: ignore[assignment]
     module.__class__ = analog_class(type(module))  # type: ignore[arg-type]
-    config = resolve(placement.config)
+    config = placement.resolved
     for site in placement.sites:
         _register_state(module, site, config)
 

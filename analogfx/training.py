@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from analogfx.config import Resolved, WeightQuantizationType, resolve
-from analogfx.kernels import linear
+from analogfx.config import Resolved, TorchInferenceRPUConfig, WeightQuantizationType
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.weights import maxima, modified_weight
 from analogfx.module import AnalogModule, AnalogSite, is_view, sites, store_weight
 
 
@@ -35,7 +36,7 @@ def clip_weights(analog: nn.Module) -> None:
     kind of layer. Learned clips act in the forward and are left alone.
     """
     for _, module, site in sites(analog):
-        config = resolve(module._analog.config)
+        config = module._analog.resolved
         if config.clip_sigma:
             matrix = site.weight(module).flatten(1)
             _clip(matrix, config)
@@ -47,9 +48,9 @@ def _clip(matrix: Tensor, config: Resolved) -> None:
     """Clamp a weight, (O, I), to its Gaussian bound in place."""
     std = None if config.clip_per_channel else ref.wide(matrix).std()
     for b in row_blocks(matrix):
-        rows = ref.wide(matrix[b])
-        bound = config.clip_sigma * (ref.row_std(rows) if std is None else std)
-        matrix[b] = ref.clamp_to(rows, bound)
+        rows = matrix[b]
+        spread = ref.row_std(ref.wide(rows)) if std is None else std
+        ref.clamp_to(rows, (config.clip_sigma * spread).to(rows.dtype), out=rows)
 
 
 @torch.no_grad()
@@ -63,32 +64,25 @@ def quantize_weights(analog: nn.Module) -> None:
         if not isinstance(module, AnalogModule):
             continue
         placement = module._analog
-        config = resolve(placement.config)
+        config = placement.resolved
         if not config.weight_states and not config.learnable_clip:
             continue
         for site in placement.sites:
             store_weight(module, site, _quantized(module, site))
-        placement.config.modifier.quantization_type = WeightQuantizationType.NONE
-        placement.programs = {}
-        placement.prepare(module)
+        changed = TorchInferenceRPUConfig.from_dict(placement.config.to_dict())
+        changed.modifier.quantization_type = WeightQuantizationType.NONE
+        placement.change(module, changed)
 
 
 def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:
     """One site's weight, clipped and quantised tile by tile, (O, I)."""
-    config = resolve(module._analog.config)
+    config = module._analog.resolved
+    spec = MVMSpec(
+        list(site.in_sizes),
+        list(site.out_sizes),
+        weight_states=config.weight_states,
+        weight_per_channel=config.weight_per_channel,
+    )
     matrix = site.weight(module).flatten(1)
-    clips = getattr(module, site.state.clip) if config.learnable_clip else None
-    out = []
-    for tile, s in linear.tiles(list(site.in_sizes)):
-        part = matrix[:, s]
-        if clips is None:
-            bound = ref.row_max(part)
-            if not config.weight_per_channel:
-                bound = ref.tile_max(bound, site.out_sizes)
-        else:
-            bound = clips[tile].abs()
-        if config.weight_states:
-            out.append(ref.quantize_weight(part, bound.unsqueeze(-1), config.weight_states))
-        else:
-            out.append(ref.clip_weight(part, bound.unsqueeze(-1)))
-    return torch.cat(out, dim=1)
+    clip = getattr(module, site.state.clip) if config.learnable_clip else None
+    return modified_weight(matrix, clip, None, maxima(matrix, clip, spec), spec)

@@ -15,6 +15,7 @@ from analogfx.kernels import reference as ref
 from analogfx.kernels.linear import Gradients
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.weights import maxima, modified_weight
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -47,14 +48,11 @@ def _analog_weight(
     weight: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel as the tile holds it, and the maximum of each output channel."""
-    modified, peaks = linear.modified_weight(
-        _matrix(weight),
-        clip,
-        seed,
-        spec._replace(groups=1),  # rows of all groups, one matrix
-    )
-    (peak,) = peaks
-    peak = None if peak is None else _per_channel(peak, weight.dim() - 2)
+    matrix = _matrix(weight)
+    rows = spec._replace(groups=1)  # the rows of all groups are one matrix
+    peaks = maxima(matrix, clip, rows)
+    modified = modified_weight(matrix, clip, seed, peaks, rows)
+    peak = None if peaks is None else _per_channel(peaks[0], weight.dim() - 2)
     return modified.view(weight.shape), peak
 
 

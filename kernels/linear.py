@@ -24,8 +24,16 @@ from torch import Tensor
 
 from analogfx.kernels import noise
 from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import BLOCK, SERIAL_BLOCK, row_blocks
+from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.weights import (
+    grouped,
+    is_modified,
+    maxima,
+    modified_weight,
+    scale,
+    tiles,
+)
 
 _BITS = 8
 
@@ -38,20 +46,6 @@ class Gradients(NamedTuple):
     bias: Tensor
     input_range: Tensor
     clip: Tensor
-
-
-def tiles(in_sizes: list[int]) -> list[tuple[int, slice]]:
-    """Every tile's number and its slice of the inputs."""
-    slices, start = [], 0
-    for number, size in enumerate(in_sizes):
-        slices.append((number, slice(start, start + size)))
-        start += size
-    return slices
-
-
-def grouped(t: Tensor, groups: int, axis: int) -> Tensor:
-    """An axis of a tensor split into (groups, rest); unchanged for one group."""
-    return t if groups == 1 else t.unflatten(axis, (groups, t.shape[axis] // groups))
 
 
 def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
@@ -70,79 +64,6 @@ def is_kept(t: Tensor) -> bool:
 def keeps_weight(weight: Tensor, spec: MVMSpec) -> bool:
     """Whether the noisy weights stay until the backward: drawing again costs more on a CPU."""
     return bool(spec.keep and spec.noise_std) and weight.device.type == "cpu"
-
-
-def maxima(w: Tensor, clip: Tensor | None, tile: int, spec: MVMSpec) -> Tensor | None:
-    """What scales noise and bounds of one tile's rows: their largest weight or learned clip."""
-    if clip is not None:
-        return grouped(ref.wide(clip[tile]).abs(), spec.groups, 0)
-    return ref.row_max(w) if spec.needs_max else None
-
-
-def scale(peak: Tensor | None, per_channel: bool, spec: MVMSpec) -> Tensor:
-    """Each row's own maximum, or that of the tile which holds the row."""
-    assert peak is not None
-    return peak if per_channel else ref.tile_max(peak, spec.out_sizes)
-
-
-def modified_weight(
-    w: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The weights as the tiles hold them, and each tile's row maxima.
-
-    Args:
-        w: (O, I), or (groups, O / groups, I).
-
-    Returns:
-        A tensor of w's shape in the precision of the computation (``w`` itself where nothing
-        changes it), and the maxima of the unmodified weights for each tile.
-    """
-    peaks = [maxima(w[..., s], clip, t, spec) for t, s in tiles(spec.in_sizes)]
-    if not spec.weight_states and not spec.noise_std and clip is None:
-        return ref.wide(w), peaks
-
-    def by_tile(per_channel: bool) -> Tensor:
-        return torch.stack([scale(peak, per_channel, spec) for peak in peaks], dim=-1)
-
-    sigma = spec.noise_std * by_tile(spec.noise_per_channel) if spec.noise_std else None
-    bound = by_tile(spec.weight_per_channel) if spec.weight_states else None
-    clips = by_tile(True) if clip is not None else None
-
-    def finish(rows: slice, out: Tensor) -> None:
-        # Where noise is drawn this runs in a thread, whose ops must not spread over the cores.
-        for b in row_blocks(out, SERIAL_BLOCK if spec.noise_std else BLOCK):
-            at = slice(rows.start + b.start, rows.start + b.stop)
-            part = w[at]
-            if bound is not None:
-                spread = _spread(bound[at], spec.in_sizes)
-                part = ref.quantize_weight(part, spread, spec.weight_states)
-            elif clips is not None:
-                part = ref.clip_weight(part, _spread(clips[at], spec.in_sizes))
-            if sigma is not None:
-                out[b].mul_(_spread(sigma[at], spec.in_sizes)).add_(part)
-            else:
-                out[b] = part
-
-    dtype = ref.wide(w.new_empty(0)).dtype
-    if spec.noise_std:
-        assert seed is not None
-        return noise.normal(seed, 0, w.shape, dtype, finish), peaks
-    out = torch.empty_like(w, dtype=dtype)
-    finish(slice(0, out.shape[0]), out)
-    return out, peaks
-
-
-def _spread(v: Tensor, in_sizes: list[int]) -> Tensor:
-    """A value for every tile, (..., k), as one for every input, or (..., 1) for one tile."""
-    if len(in_sizes) == 1:
-        return v
-    widest = max(in_sizes)  # sizes differ by one at most, and the larger ones come first
-    spread = v.unsqueeze(-1).expand(*v.shape, widest).flatten(-2)
-    if widest * len(in_sizes) == sum(in_sizes):
-        return spread
-    larger = in_sizes.count(widest)
-    tail = v[..., larger:].unsqueeze(-1).expand(*v.shape[:-1], -1, widest - 1).flatten(-2)
-    return torch.cat([spread[..., : larger * widest], tail], dim=-1)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -237,20 +158,45 @@ def forward(
     """
     rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
     w = grouped(weight, spec.groups, 0)
-    modified, peaks = modified_weight(w, clip, seed, spec)
+    streamed = _streams(w, clip, spec)
+    peaks = None if streamed else maxima(w, clip, spec)
+    modified = w if streamed else modified_weight(w, clip, seed, peaks, spec)
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
     total = None
     for t, s in tiles(spec.in_sizes):
         r = tile_range(rows[..., s], input_range, t, spec)
-        y = product(converted(rows[..., s], r, spec), modified[..., s])
+        analog_x, peak = converted(rows[..., s], r, spec), None if peaks is None else peaks[t]
+        if streamed:
+            y, peak = _product_and_max(analog_x, w[..., s])
+        else:
+            y = product(analog_x, modified[..., s])
         marks = clipped[t // _BITS] if clipped.numel() else None
-        total = _accumulate(total, y, r, peaks[t], _draw(y, seed, t, spec), marks, t, spec)
+        total = _accumulate(total, y, r, peak, _draw(y, seed, t, spec), marks, t, spec)
     assert total is not None
     out = total.flatten(1)
     if bias is not None:
         out = out.add_(ref.wide(bias))
     kept = modified.view(weight.shape) if keeps_weight(weight, spec) else weight.new_empty(0)
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), clipped, kept
+
+
+_STREAMED = 1 << 23
+"""Elements above which weights are read from memory, not from a cache."""
+
+
+def _streams(w: Tensor, clip: Tensor | None, spec: MVMSpec) -> bool:
+    """Whether to take maxima and product of the weights block by block, reading them once."""
+    plain = spec.needs_max and not is_modified(spec, clip) and w.dim() == 2
+    return plain and w.device.type == "cpu" and w.numel() >= _STREAMED
+
+
+def _product_and_max(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """x w^T, (N, O), and the largest magnitude of every row of w, (O,)."""
+    y, peak = x.new_empty(x.shape[0], w.shape[0]), x.new_empty(w.shape[0])
+    for b in row_blocks(w):
+        peak[b] = ref.row_max(w[b])
+        torch.mm(x, ref.wide(w[b]).T, out=y[:, b])
+    return y, peak
 
 
 def _accumulate(
@@ -311,11 +257,12 @@ def backward(
     g = grouped(flat, spec.groups, -1)
     rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
     w = grouped(weight, spec.groups, 0)
-    peaks: list[Tensor | None] = []
-    if not is_kept(modified):
-        modified, peaks = modified_weight(w, clip, seed, spec)
-    else:
+    peaks = None
+    if is_kept(modified):
         modified = grouped(modified, spec.groups, 0)
+    else:
+        peaks = maxima(w, clip, spec)
+        modified = modified_weight(w, clip, seed, peaks, spec)
 
     ranges = [tile_range(rows[..., s], input_range, t, spec) for t, s in spans]
     analog_x = _join([converted(rows[..., s], ranges[t], spec) for t, s in spans])
@@ -369,7 +316,7 @@ def _passed(
     analog_x: Tensor,
     modified: Tensor,
     ranges: list[Tensor | None],
-    peaks: list[Tensor | None],
+    peaks: Tensor | None,
     seed: Tensor | None,
     clipped: Tensor,
     spec: MVMSpec,
@@ -379,6 +326,7 @@ def _passed(
     if not spec.out_bound or g.numel() == 0:
         return [g] * count
     if not is_kept(clipped):
+        assert peaks is not None
         masks = []
         for t, s in tiles(spec.in_sizes):
             y = product(analog_x[..., s], modified[..., s])

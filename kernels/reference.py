@@ -200,7 +200,8 @@ def row_std(w: Tensor) -> Tensor:
     Two passes like ``torch.std``, whose CPU kernel takes thirty times as long over short rows.
     """
     centred = w - w.mean(-1, keepdim=True)
-    return (centred.square_().sum(-1, keepdim=True) / (w.shape[-1] - 1)).sqrt_()
+    norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    return norm / math.sqrt(w.shape[-1] - 1) if w.shape[-1] > 1 else norm * float("nan")
 
 
 def tile_max(row: Tensor, out_sizes: Sequence[int]) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from analogfx.kernels import patches
 from analogfx.kernels import reference as ref
-from analogfx.kernels.linear import grouped, tiles
 from analogfx.kernels.patches import Window
+from analogfx.kernels.weights import grouped, tiles
 
 
 def in_backward() -> bool:

@@ -74,16 +74,17 @@ def _site(emit: Emitter, product: Node, config: Resolved, training: bool) -> Nod
     x, weight, bias = product.args[:3]
     x_cast = x = emit.call("input", ops.autocast, x)
     w = emit.call("weight", ops.autocast, weight)
+    noisy = training and bool(config.noise_std or config.out_noise)
+    seed = _seed(emit, x) if noisy else None
     window = _window(product)
     if window is not None:
         x = emit.call("input", patches.unfold_batched, x, *window)
         w = emit.method("weight", "flatten", w, 1)
+    ranges = _ranges(emit, x, config, training) if config.has_state else None
     if emit.site.groups > 1:
         x = emit.method("input", "unflatten", x, -1, (emit.site.groups, -1))
         w = emit.method("weight", "unflatten", w, 0, (emit.site.groups, -1))
-
-    ranges = _ranges(emit, x, config, training) if config.has_state else None
-    y = _tile(emit, x, w, ranges, config, training)
+    y = _tile(emit, x, w, ranges, seed, config)
 
     if emit.site.groups > 1:
         y = emit.method("output", "flatten", y, -2)
@@ -132,17 +133,17 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
     return emit.method("range", "clone", parameter)
 
 
+def _seed(emit: Emitter, x: Node) -> Node:
+    """The seed of this call's noise."""
+    plain = emit.method("state", "detach", x)
+    module = emit.attribute("state", "_analog.number")
+    return emit.call("seed", dialect.draw_seed.default, plain, module, emit.site.index)
+
+
 def _tile(
-    emit: Emitter, x: Node, w: Node, ranges: Node | None, config: Resolved, training: bool
+    emit: Emitter, x: Node, w: Node, ranges: Node | None, seed: Node | None, config: Resolved
 ) -> Node:
     """One tile: DAC, weights, product, output noise, ADC."""
-    noisy = training and bool(config.noise_std or config.out_noise)
-    seed = None
-    if noisy:
-        plain = emit.method("state", "detach", x)
-        module = emit.attribute("state", "_analog.number")
-        seed = emit.call("seed", dialect.draw_seed.default, plain, module, emit.site.index)
-
     r = None
     if ranges is not None:
         r = emit.call("tile_range", torch.select, ranges, 0, 0)
@@ -165,7 +166,7 @@ def _tile(
     analog_w, row_max = _weights(emit, w, seed, config)
     y = emit.call("mvm", dialect.mvm.default, analog_x, analog_w)
 
-    if training and config.out_noise:
+    if seed is not None and config.out_noise:
         assert r is not None
         a = _scale(emit, row_max, config.out_noise_per_channel)
         draw = emit.call("output_normal", dialect.normal_like.default, y, seed, 1)

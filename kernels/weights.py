@@ -1,0 +1,117 @@
+"""Weights as tiles hold them: clipped, quantised and noisy, and what scales their rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from analogfx.kernels import noise
+from analogfx.kernels import reference as ref
+from analogfx.kernels.blocks import BLOCK, SERIAL_BLOCK, row_blocks
+from analogfx.kernels.spec import MVMSpec
+
+
+def grouped(t: Tensor, groups: int, axis: int) -> Tensor:
+    """An axis of a tensor split into (groups, rest); unchanged for one group."""
+    return t if groups == 1 else t.unflatten(axis, (groups, t.shape[axis] // groups))
+
+
+def tiles(in_sizes: list[int]) -> list[tuple[int, slice]]:
+    """Every tile's number and its slice of the inputs."""
+    slices, start = [], 0
+    for number, size in enumerate(in_sizes):
+        slices.append((number, slice(start, start + size)))
+        start += size
+    return slices
+
+
+def is_modified(spec: MVMSpec, clip: Tensor | None) -> bool:
+    """Whether tiles hold anything but the weights themselves."""
+    return bool(spec.weight_states or spec.noise_std or clip is not None)
+
+
+def maxima(w: Tensor, clip: Tensor | None, spec: MVMSpec) -> Tensor | None:
+    """What scales noise and bounds of every tile's rows: their largest weight or learned clip.
+
+    Args:
+        w: (O, I), or (groups, O / groups, I).
+        clip: (k, O) or None.
+
+    Returns:
+        (k, O) or (k, groups, O / groups); None where nothing needs it.
+    """
+    if clip is not None:
+        return grouped(ref.wide(clip).abs(), spec.groups, 1)
+    if not spec.needs_max:
+        return None
+    count = len(spec.in_sizes)
+    if len(set(spec.in_sizes)) == 1:  # one op for all tiles
+        return ref.row_max(w.unflatten(-1, (count, -1))).movedim(-1, 0).contiguous()
+    return torch.stack([ref.row_max(w[..., s]) for _, s in tiles(spec.in_sizes)])
+
+
+def scale(peak: Tensor | None, per_channel: bool, spec: MVMSpec) -> Tensor:
+    """Each row's own maximum in one tile, or that of the tile along the outputs that holds it."""
+    assert peak is not None
+    return peak if per_channel else ref.tile_max(peak, spec.out_sizes)
+
+
+def modified_weight(
+    w: Tensor, clip: Tensor | None, seed: Tensor | None, peaks: Tensor | None, spec: MVMSpec
+) -> Tensor:
+    """The weights as the tiles hold them.
+
+    Args:
+        w: (O, I), or (groups, O / groups, I).
+        peaks: what :func:`maxima` gave.
+
+    Returns:
+        A tensor of w's shape in the precision of the computation; ``w`` itself where nothing
+        changes it.
+    """
+    if not is_modified(spec, clip):
+        return ref.wide(w)
+    assert peaks is not None
+
+    def by_row(per_channel: bool) -> Tensor:
+        return torch.stack([scale(peak, per_channel, spec) for peak in peaks], dim=-1)
+
+    sigma = spec.noise_std * by_row(spec.noise_per_channel) if spec.noise_std else None
+    bound = by_row(spec.weight_per_channel) if spec.weight_states else None
+    clips = by_row(True) if clip is not None else None
+
+    def finish(rows: slice, out: Tensor) -> None:
+        # Where noise is drawn this runs in a thread, whose ops must not spread over the cores.
+        for b in row_blocks(out, SERIAL_BLOCK if spec.noise_std else BLOCK):
+            at = slice(rows.start + b.start, rows.start + b.stop)
+            part = w[at]
+            if bound is not None:
+                spread = _spread(bound[at], spec.in_sizes)
+                part = ref.quantize_weight(part, spread, spec.weight_states)
+            elif clips is not None:
+                part = ref.clip_weight(part, _spread(clips[at], spec.in_sizes))
+            if sigma is not None:
+                out[b].mul_(_spread(sigma[at], spec.in_sizes)).add_(part)
+            else:
+                out[b] = part
+
+    dtype = ref.wide(w.new_empty(0)).dtype
+    if spec.noise_std:
+        assert seed is not None
+        return noise.normal(seed, 0, w.shape, dtype, finish)
+    out = torch.empty_like(w, dtype=dtype)
+    finish(slice(0, out.shape[0]), out)
+    return out
+
+
+def _spread(v: Tensor, in_sizes: list[int]) -> Tensor:
+    """A value for every tile, (..., k), as one for every input, or (..., 1) for one tile."""
+    if len(in_sizes) == 1:
+        return v
+    widest = max(in_sizes)  # sizes differ by one at most, and the larger ones come first
+    spread = v.unsqueeze(-1).expand(*v.shape, widest).flatten(-2)
+    if widest * len(in_sizes) == sum(in_sizes):
+        return spread
+    larger = in_sizes.count(widest)
+    tail = v[..., larger:].unsqueeze(-1).expand(*v.shape[:-1], -1, widest - 1).flatten(-2)
+    return torch.cat([spread[..., : larger * widest], tail], dim=-1)
