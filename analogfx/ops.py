@@ -232,7 +232,7 @@ def _mvm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mvm(x: Tensor, w: Tensor) -> Tensor:
     y = linear.product(_rows(x, w), ref.wide(w))
-    return y.reshape(*x.shape[: 1 - w.dim()], *w.shape[:-1])
+    return y.reshape(*x.shape[: 1 - w.dim()], *w.shape[:-1]).contiguous()
 
 
 _define(
@@ -319,6 +319,13 @@ def _fused_backward(
     return backward
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "analog products have no second derivative: a gradient of a gradient needs the digital "
+        "model, see to_digital()"
+    )
+
+
 def _fake_gradients(
     grad: Tensor,
     x: Tensor,
@@ -354,8 +361,18 @@ def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     window, spec = decode(Window, rest[-2]), decode(MVMSpec, rest[-1])
-    out = conv.out_shape(x, weight, window)
-    return _fake_kept(x, weight, out, conv.clipped_shape(x, weight, window, spec), spec)
+    shapes = conv.out_shape(x, weight, window), conv.clipped_shape(x, weight, window, spec)
+    y, clipped, kept = _fake_kept(x, weight, *shapes, spec)
+    return conv.laid_out(y, x), conv.laid_out(clipped, x) if linear.is_kept(clipped) else clipped, kept
+
+
+def _fake_conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    of_x, of_weight, *others = _fake_gradients(grad, x, weight, *rest)
+    return (
+        conv.laid_out(of_x, x) if linear.is_kept(of_x) else of_x,
+        conv.laid_out(of_weight, weight) if linear.is_kept(of_weight) else of_weight,
+        *others,
+    )
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -402,6 +419,8 @@ _define(
     _GRADIENTS,
     _analog_linear_backward,
     _fake_gradients,
+    lambda ctx, inputs, output: None,
+    _no_second_derivative,
 )
 _define(
     "analog_linear",
@@ -417,7 +436,9 @@ _define(
     _BACKWARD_INPUTS + "str window, str spec",
     _GRADIENTS,
     _analog_conv_backward,
-    _fake_gradients,
+    _fake_conv_gradients,
+    lambda ctx, inputs, output: None,
+    _no_second_derivative,
 )
 _define(
     "analog_conv",

@@ -27,6 +27,11 @@ def _per_channel(v: Tensor, dims: int) -> Tensor:
     return v.view(-1, *[1] * dims)
 
 
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` in the memory format of an image ``x``: channels last where that is."""
+    return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
 def out_shape(x: Tensor, weight: Tensor, window: Window) -> list[int]:
     """Shape of the output."""
     return [x.shape[0], weight.shape[0], *window.out_size(list(x.shape[2:]))]
@@ -92,7 +97,7 @@ def forward(
     dims = x.dim() - 2
     r = None if input_range is None else input_range[0]
     modified, peak = _analog_weight(weight, clip, seed, spec)
-    y = _convolve(linear.converted(x, r, spec), modified, window, spec.groups)
+    y = laid_out(_convolve(linear.converted(x, r, spec), modified, window, spec.groups), x)
     y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
     clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
     if bound is not None:
@@ -159,7 +164,7 @@ def backward(
         out = out._replace(input_range=grad_range.view(1))
     if need_x:
         grad_x = grad_x if r is None else grad_x * ref.inside(x, r)
-        out = out._replace(x=grad_x.to(x.dtype))
+        out = out._replace(x=laid_out(grad_x.to(x.dtype), x))
     if clip is not None and (need_w or need_clip):
         flat, grad_clip = ref.weight_backward(
             _matrix(grad_w), _matrix(weight), clip[0], spec.weight_states
@@ -167,7 +172,7 @@ def backward(
         grad_w = flat.view(weight.shape)
         out = out._replace(clip=grad_clip.unsqueeze(0).to(clip.dtype))
     if need_w:
-        out = out._replace(weight=grad_w.to(weight.dtype))
+        out = out._replace(weight=laid_out(grad_w.to(weight.dtype), weight))
     return out
 
 

@@ -1,6 +1,8 @@
 """What every test shares: how hypothesis draws, and the summary of the parity tests."""
 
 import oracle
+import pytest
+import torch
 from hypothesis import settings
 
 # The same examples on every machine and in every run: what is red stays red until it is mended.
@@ -9,6 +11,15 @@ settings.register_profile(
     "ci", derandomize=True, deadline=None, database=None, report_multiple_bugs=False
 )
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one core: with tensors this small the others only wait, and in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from samples import CONFIGS, EVERYTHING, IDENTITY, TILES, after, captured, layer_and_input, merged, product
+
+from analogfx.config import resolve
+from analogfx.passes import pipeline
+from analogfx.passes.contract import Context
+
+ALL = pipeline.EXPLICIT + pipeline.FUSED
+
+
+def test_the_order_is_the_documented_one():
+    assert [step.__name__ for step in ALL] == ["normalize", "select", "insert", "map_tiles", "lower"]
+
+
+def test_after_is_called_with_every_pass_and_its_count():
+    module = product(lambda self, x: x @ self.w, w=(12, 7))
+    seen = []
+    pipeline.run(
+        ALL,
+        captured(module),
+        Context(resolve(merged(EVERYTHING, TILES)), training=True),
+        lambda name, graph, count: seen.append((name, count)),
+    )
+    assert seen == [("normalize", 1), ("select", 1), ("insert", 1), ("map_tiles", 1), ("lower", 1)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "grouped"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_running_every_pass_again_changes_nothing(config, layer, training):
+    module, _ = layer_and_input(layer)
+    graph, context = after(ALL, module, merged(CONFIGS[config], TILES), training)
+    counts = []
+    pipeline.run(ALL, graph, context, lambda name, graph, count: counts.append(count))
+    assert counts == [0] * len(ALL)
+    assert len(context.sites) == 1
+
+
+def test_a_pass_that_breaks_the_graph_is_caught():
+    def breaks(graph, context):
+        (output,) = graph.find_nodes(op="output")
+        first = next(iter(graph.nodes))
+        first.append(output)  # before what it returns
+        return 1
+
+    module, _ = layer_and_input("linear")
+    with pytest.raises(RuntimeError):
+        after((*pipeline.EXPLICIT, breaks), module, IDENTITY)
+
+
+def test_decisions_are_in_the_graphs_order():
+    def forward(self, x):
+        y = torch.bmm(x, self.first)
+        return y @ self.second + y @ self.third
+
+    module = product(forward, first=(2, 3, 4), second=(4, 5), third=(4, 5))
+    graph, _ = after(ALL, module, IDENTITY)
+    found = [(d.name, d.status) for d in pipeline.decisions(graph)]
+    assert found == [("first", "digital"), ("second", "analog"), ("third", "analog")]

@@ -1,0 +1,297 @@
+import collections
+import functools
+
+import pytest
+import torch
+from samples import CONFIGS, EVERYTHING, IDENTITY, LAYERS, TILES, layer_and_input, merged
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import analogfx
+from analogfx import ops
+from analogfx.module import explicit_level
+
+NAMES = sorted(
+    name.removeprefix("analogfx::").removesuffix(".default")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("analogfx::")
+)
+RANDOM = {"draw_seed"}
+ONCE_DIFFERENTIABLE = {"analog_linear_backward", "analog_conv_backward"}
+
+
+def is_ours(function):
+    return getattr(function, "namespace", None) == "analogfx"
+
+
+class CallsOf(TorchFunctionMode):
+    """Records the calls of our ops, arguments with their need of gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if is_ours(function):
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+class CallsBelow(TorchDispatchMode):
+    """Records the calls of our ops below autograd, those of a backward included."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if is_ours(function):
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+# Every op is checked on the arguments that it gets when these sites train.
+SITES = {
+    "linear": ("linear", EVERYTHING),
+    "linear, tiles": ("linear", merged(EVERYTHING, TILES)),
+    "linear of 1-D": ("linear of 1-D", EVERYTHING),
+    "linear, nothing on": ("linear", IDENTITY),
+    "linear, fast": ("linear", CONFIGS["fast"]),
+    "linear, dynamic": ("linear of 3-D", merged(CONFIGS["everything, dynamic"], TILES)),
+    "linear, by row": ("linear", merged(CONFIGS["output noise by row"], CONFIGS["discrete rows"])),
+    "conv": ("conv2d", EVERYTHING),
+    "conv, tiles": ("conv1d", merged(EVERYTHING, TILES)),
+    "conv, fast": ("conv2d", CONFIGS["fast"]),
+    "conv, groups": ("grouped", EVERYTHING),
+    "conv3d": ("conv3d", CONFIGS["weight noise"]),
+}
+LAYOUTS = {
+    "as it is": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
+}  # fmt: skip
+
+
+def calls(site, explicit, layout=LAYOUTS["as it is"], dtype=torch.float32):
+    """One training step of a site: what its ops were called with."""
+    layer, config = SITES[site]
+    module, x = layer_and_input(layer, dtype)
+    analog = analogfx.analogize(module, config)
+    x = layout(x).detach().requires_grad_()
+    with CallsOf() as above:
+        if explicit:
+            with explicit_level():
+                y = analog(x)
+        else:
+            y = analog(x)
+    with CallsBelow() as below:
+        y.sum().backward()
+    return above.calls + below.calls
+
+
+def check(function, args, compiled=True):
+    """torch's own checks of an op; ``compiled``, the slow one, runs it through AOT autograd."""
+    checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    if compiled and function._opname not in RANDOM:
+        checks.append("test_aot_dispatch_dynamic")
+    differentiable = function._opname not in ONCE_DIFFERENTIABLE
+    args = tuple(
+        a.detach().requires_grad_(a.requires_grad and differentiable)
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in args
+    )
+    torch.library.opcheck(function, args, test_utils=tuple(checks))
+
+
+def signature(args):
+    """What tells one call from another: kinds of tensors, and scalars."""
+    return tuple(
+        (a.dtype, a.dim(), a.requires_grad) if isinstance(a, torch.Tensor) else repr(a) for a in args
+    )
+
+
+@functools.cache
+def recorded():
+    """Every op's calls by all sites, those that look alike once."""
+    found = collections.defaultdict(dict)
+    for site in SITES:
+        for explicit in (True, False):
+            for function, args in calls(site, explicit):
+                found[function._opname].setdefault(signature(args), (function, args))
+    return {name: list(by_signature.values()) for name, by_signature in found.items()}
+
+
+def test_the_sites_call_every_op():
+    assert sorted(recorded()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    for number, (function, args) in enumerate(recorded()[name]):
+        check(function, args, compiled=number < 3)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels last", "every second"])
+@pytest.mark.parametrize("site", ["linear", "conv", "conv, groups"])
+def test_opcheck_of_inputs_with_strides(site, layout):
+    for function, args in calls(site, explicit=False, layout=LAYOUTS[layout]):
+        check(function, args, compiled=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("site", ["linear", "conv"])
+def test_opcheck_of_other_dtypes(site, dtype):
+    for function, args in calls(site, explicit=False, dtype=dtype):
+        check(function, args, compiled=False)
+
+
+# --------------------------------------------------------------------------- promises of all ops
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "fused"])
+@pytest.mark.parametrize("site", SITES)
+def test_no_op_writes_to_its_inputs(site, explicit):
+    for function, args in calls(site, explicit):
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        before = [(t.detach().clone(), t._version) for t in tensors]
+        with torch.no_grad():
+            function(*args)
+        for t, (value, version) in zip(tensors, before, strict=True):
+            assert torch.equal(t, value) and t._version == version, function
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_first_derivative_can_be_kept_and_a_second_is_refused(layer):
+    module, x = layer_and_input(layer)
+    analog = analogfx.analogize(module, EVERYTHING)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(analog(x).square().sum(), x, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+def test_inputs_of_another_dtype_are_refused_with_what_would_do():
+    analog = analogfx.analogize(nn.Linear(4, 3), EVERYTHING)
+    with pytest.raises(RuntimeError, match=r"torch\.float64 input with torch\.float32 weight.*autocast"):
+        analog(torch.randn(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (5,)])
+def test_inputs_of_another_width_are_refused(shape):
+    analog = analogfx.analogize(nn.Linear(4, 3), EVERYTHING)
+    with pytest.raises(RuntimeError, match=r"last axis should be 4"):
+        analog(torch.randn(shape))
+
+
+# ------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "fused"])
+@pytest.mark.parametrize("of_input", [torch.float32, torch.float64, "autocast's"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", ["linear", "linear of 1-D", "conv2d", "conv1d"])
+def test_autocast_gives_the_dtype_that_the_layer_gives(layer, autocast, of_input, explicit):
+    of_input = autocast if of_input == "autocast's" else of_input
+    of_layer = torch.float64 if of_input == torch.float64 else torch.float32
+    digital, x = layer_and_input(layer, of_layer)
+    x = x.to(of_input).requires_grad_()
+    analog = analogfx.analogize(digital, EVERYTHING)
+
+    def forward(module):
+        with torch.autocast("cpu", autocast):
+            return module(x)
+
+    if explicit:
+        with explicit_level():
+            y = forward(analog)
+    else:
+        y = forward(analog)
+    assert y.dtype == forward(digital).dtype
+    y.sum().backward()
+    assert x.grad.dtype == of_input
+    assert all(p.grad.dtype == p.dtype == of_layer for p in analog.parameters())
+
+
+def test_autocast_does_not_reach_into_a_site():
+    digital, x = layer_and_input("linear", torch.float32)
+    analog = analogfx.analogize(digital, EVERYTHING)
+    with CallsBelow() as below, torch.autocast("cpu", torch.bfloat16):
+        analog(x)
+    (args,) = (args for function, args in below.calls if function._opname == "analog_linear")
+    x, weight, bias, input_range, clip = args[:5]
+    assert {x.dtype, weight.dtype, bias.dtype} == {torch.bfloat16}
+    assert input_range.dtype == clip.dtype == torch.float32
+
+
+def test_autocast_helper():
+    x = torch.zeros(1)
+    assert ops.autocast(None) is None and ops.autocast(x) is x
+    with torch.autocast("cpu", torch.float16):
+        assert ops.autocast(x).dtype == torch.float16
+        assert ops.autocast(x.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.float16, enabled=False):
+        assert ops.autocast(x) is x
+
+
+# ------------------------------------------------------------------------------------- compiled
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(run, analog, x):
+    torch.manual_seed(3)
+    analog.zero_grad()
+    y = run(x)
+    y.square().sum().backward()
+    return y.detach(), {name: p.grad for name, p in analog.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "explicit"),
+    [
+        ("linear", EVERYTHING, False),
+        ("linear", merged(EVERYTHING, TILES), True),
+        ("linear of 3-D", merged(CONFIGS["everything, dynamic"], TILES), False),
+        ("linear", CONFIGS["fast"], False),
+        ("conv2d", EVERYTHING, False),
+        ("grouped", merged(EVERYTHING, TILES), False),
+    ],
+)
+def test_a_site_compiles_to_one_graph_that_computes_the_same(fresh_dynamo, layer, config, explicit):
+    module, x = layer_and_input(layer)
+    analog = analogfx.analogize(module, config)
+    twin = analogfx.analogize(module, config)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    levels = explicit_level() if explicit else torch.enable_grad()
+    with levels:
+        for _ in range(2):  # the second step reads what the first one stored
+            eager, with_compile = step(analog, analog, x), step(compiled, twin, x)
+            torch.testing.assert_close(with_compile, eager, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(twin.state_dict(), analog.state_dict(), rtol=1e-12, atol=1e-12)
+    analog.eval(), twin.eval()
+    torch.testing.assert_close(compiled(x), analog(x), rtol=1e-12, atol=1e-12)
+
+
+def test_draws_that_look_alike_stay_apart_when_compiled(fresh_dynamo):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6, bias=False)
+            self.b = nn.Linear(6, 6, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    analog = analogfx.analogize(Twice(), CONFIGS["weight noise"])
+    first, second = torch.compile(analog, fullgraph=True, backend="aot_eager")(torch.randn(3, 6))
+    assert (first - second).abs().max() > 1e-3
