@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +12,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from tqdm.auto import tqdm
 
-from analogfx.capture import default_pattern, forward_of, mentions_product
-from analogfx.config import Resolved, TorchInferenceRPUConfig, as_config, resolve
-from analogfx.errors import CaptureError, ConfigError, Conflict
+from analogfx.capture import default_pattern, forward_of, mentions_product, reads_weights
+from analogfx.choose import Chosen, choose
+from analogfx.config import Resolved
+from analogfx.errors import CaptureError
 from analogfx.module import (
     AnalogModule,
     Placement,
@@ -33,7 +31,6 @@ from analogfx.passes.contract import Decision
 from analogfx.report import Report, SiteReport, check_strict
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Choice = Callable[[str, nn.Module], "tuple[Any, str]"]
 
 # Modules that read their weights in ways that no graph of theirs shows.
 _CLOSED: dict[type[Any], str] = {
@@ -63,9 +60,10 @@ def analogize(
         model: any module, on any device, ``meta`` included.
         rpu_config: a :class:`TorchInferenceRPUConfig` (or Lightning's, or its dict) for the whole
             model; or an ordered mapping from module names to configs, where a key is an exact
-            name, a glob, or ``re:`` and a regular expression for the whole name, the first match
-            wins, and ``None`` or no match leaves a module digital; or a callable of (name,
-            module) that returns a config or None. No config is changed or kept.
+            name (which covers all modules inside it, too), a glob, or ``re:`` and a regular
+            expression for the whole name, the first match wins, and ``None`` or no match leaves a
+            module digital; or a callable of (name, module) that returns a config or None. No
+            config is changed or kept.
         inplace: change ``model`` itself; no weight is copied.
         strict: raise if a product with a parameter stays digital without being asked to.
         debug_dir: a folder to write the graph after every pass to, one subfolder for each kind
@@ -75,18 +73,21 @@ def analogize(
         The analog model; ``model`` itself with ``inplace``.
 
     Raises:
+        TypeError: ``model`` is no module.
         ConfigError: a config cannot run; all its conflicts are listed. ``model`` is untouched.
         PlacementError: with ``strict``; ``model`` is untouched.
         CaptureError: the model is analog already.
     """
-    choose = _chooser(rpu_config)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"analogize() takes a torch.nn.Module, found {type(model).__name__}")
+    chosen = choose(model, rpu_config)
     for name, module in model.named_modules():
         if isinstance(module, AnalogModule):
             raise CaptureError(
                 f"{name or type(module).__name__} is analog already: pass the digital model, "
                 "or what to_digital() gives"
             )
-    plan = _plan(model, choose, Path(debug_dir) if debug_dir is not None else None)
+    plan = _plan(model, chosen, Path(debug_dir) if debug_dir is not None else None)
     placed = Report(tuple(plan.sites))
     if strict:
         check_strict(placed)
@@ -116,63 +117,6 @@ def to_digital(analog: ModelT, inplace: bool = False) -> ModelT:
     return digital
 
 
-# ------------------------------------------------------------------------------------ choosing
-
-
-def _chooser(rpu_config: Any) -> Choice:
-    """A function from (name, module) to (config or None, why None)."""
-    asked = "left digital by the config"
-    if callable(rpu_config):
-        return lambda name, module: (rpu_config(name, module), asked)
-    if isinstance(rpu_config, Mapping) and not _is_config_dict(rpu_config):
-        rules = [(key, _matcher(key), rpu_config[key]) for key in rpu_config]
-
-        def choose(name: str, module: nn.Module) -> tuple[Any, str]:
-            for key, matches, config in rules:
-                if matches(name):
-                    return config, f"left digital by the pattern {key!r}"
-            return None, "no pattern of the config matches"
-
-        return choose
-    return lambda name, module: (rpu_config, asked)
-
-
-def _is_config_dict(mapping: Mapping[Any, Any]) -> bool:
-    return bool(mapping) and set(mapping) <= {
-        "schema",
-        *TorchInferenceRPUConfig.__dataclass_fields__,
-    }
-
-
-def _matcher(key: Any) -> Callable[[str], bool]:
-    if not isinstance(key, str):
-        raise ConfigError([Conflict("rpu_config", key, "a module name, glob or 're:' pattern")])
-    if key.startswith("re:"):
-        try:
-            pattern = re.compile(key[3:])
-        except re.error as error:
-            valid = f"a regular expression ({error})"
-            raise ConfigError([Conflict("rpu_config", key, valid)]) from None
-        return lambda name: pattern.fullmatch(name) is not None
-    return lambda name: fnmatch.fnmatchcase(name, key)
-
-
-class _Configs:
-    """Configs resolved once each, whoever hands them in how often."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, TorchInferenceRPUConfig, Resolved]] = {}
-
-    def resolve(self, config: Any, module: str) -> tuple[TorchInferenceRPUConfig, Resolved]:
-        if id(config) not in self._known:
-            try:
-                own = as_config(config)
-                self._known[id(config)] = (config, own, resolve(own))
-            except ConfigError as error:
-                raise ConfigError(error.conflicts, module) from None
-        return self._known[id(config)][1:]
-
-
 # ------------------------------------------------------------------------------------ planning
 
 
@@ -186,61 +130,67 @@ class _Plan:
     programs: dict[Any, Program | CaptureError] = field(default_factory=dict)
 
 
-def _plan(model: nn.Module, choose: Choice, debug_dir: Path | None) -> _Plan:
-    plan, configs = _Plan(debug_dir), _Configs()
+def _plan(model: nn.Module, chosen: dict[str, Chosen], debug_dir: Path | None) -> _Plan:
+    plan = _Plan(debug_dir)
     closed: set[nn.Module] = set()
     modules = list(model.named_modules())
-    chosen = []
-    for name, module in modules:
-        config, reason = choose(name, module)
-        resolved = None if config is None else configs.resolve(config, name)
-        chosen.append((name, module, resolved, reason))
-    for name, module, resolved, reason in tqdm(
-        chosen, desc="analogize", unit="module", delay=2, leave=False
-    ):
+    for name, module in tqdm(modules, desc="analogize", unit="module", delay=2, leave=False):
         if module in closed:
             continue
         refusal = next((why for kind, why in _CLOSED.items() if isinstance(module, kind)), None)
         if refusal is not None:
             closed.update(module.modules())
-            _leave(plan, name, module, refusal if resolved else reason, asked=resolved is None)
-        elif isinstance(module, _SITE_CLASSES) or mentions_product(module):
-            _place(plan, name, module, resolved, reason)
+            _leave(plan, name, module, chosen[name], refusal)
+        elif _may_multiply(module):
+            _place(plan, name, module, chosen[name])
     return plan
 
 
-def _place(
-    plan: _Plan,
-    name: str,
-    module: nn.Module,
-    config: tuple[TorchInferenceRPUConfig, Resolved] | None,
-    reason: str,
-) -> None:
+def _may_multiply(module: nn.Module) -> bool:
+    """Whether to look at a module's graph for products."""
+    if isinstance(module, _SITE_CLASSES) or mentions_product(module):
+        return True
+    # A product may hide in code that its own does not name; torch's other layers are known.
+    known = type(module).__module__.startswith("torch.nn.modules.")
+    return not known and any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def _place(plan: _Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
     """Decide about one module by its graph."""
-    resolved = config[1] if config else None
     try:
-        programs = {
-            (training, default_pattern(module)): _program(plan, name, module, resolved, training)
-            for training in (True, False)
-        }
-        check_same_sites(*programs.values())
+        train, evaluate = (
+            _program(plan, name, module, chosen.resolved, training) for training in (True, False)
+        )
+        check_same_sites(train, evaluate)
+        _check_names(module, train)
     except CaptureError as error:
-        if any(p.dim() > 1 for p in module.parameters(recurse=False)):
-            _leave(plan, name, module, reason if config is None else str(error), config is None)
+        if mentions_product(module):
+            _leave(plan, name, module, chosen, str(error))
         return
-    train = programs[True, default_pattern(module)]
     several = len(train.decisions) > 1
     for decision in train.decisions:
-        asked = config is None and decision.status == "digital"
-        plan.sites.append(_site_report(name, decision, several, reason if asked else None))
-    if config is not None and train.sites:
-        placement = Placement(len(plan.placements), copy.deepcopy(config[0]))
-        placement.adopt(module, programs)
+        left = chosen.config is None and decision.status == "digital"
+        plan.sites.append(_site_report(name, decision, several, chosen if left else None))
+    if chosen.config is not None and train.sites:
+        placement = Placement(len(plan.placements), name, copy.deepcopy(chosen.config))
+        placement.adopt(module, train, evaluate)
         plan.placements[name] = placement
 
 
-def _site_report(path: str, decision: Decision, several: bool, asked: str | None) -> SiteReport:
-    """A pass's decision under the module's path."""
+def _check_names(module: nn.Module, program: Program) -> None:
+    """Refuse a module that has attributes of the names that its sites need.
+
+    Raises:
+        CaptureError: naming the attribute.
+    """
+    for site in program.sites:
+        for name in site.state.all():
+            if hasattr(module, name):
+                raise CaptureError(f"it has an attribute {name} of its own")
+
+
+def _site_report(path: str, decision: Decision, several: bool, left: Chosen | None) -> SiteReport:
+    """A pass's decision under the module's path; ``left`` where the config decided before it."""
     named = several or decision.name != "weight"
     return SiteReport(
         name=".".join(filter(None, (path, decision.name if named else ""))) or decision.name,
@@ -248,19 +198,23 @@ def _site_report(path: str, decision: Decision, several: bool, asked: str | None
         weight_shape=decision.weight_shape,
         tile_grid=decision.tile_grid,
         status=decision.status,
-        reason=asked or decision.reason,
+        reason=left.reason if left else decision.reason,
         decided_by=decision.decided_by,
-        asked=asked is not None,
+        asked=left is not None and left.asked,
     )
 
 
-def _leave(plan: _Plan, path: str, module: nn.Module, reason: str, asked: bool) -> None:
+def _leave(plan: _Plan, path: str, module: nn.Module, chosen: Chosen, refusal: str) -> None:
     """Report every matrix of a module that stays digital as a whole."""
     closed = any(isinstance(module, kind) for kind in _CLOSED)
-    for name, parameter in module.named_parameters(recurse=closed):
-        shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
-        if len(shape) == 1:
-            continue
+    shapes = {
+        name: () if nn.parameter.is_lazy(p) else tuple(p.shape)
+        for name, p in module.named_parameters(recurse=closed)
+    }
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) != 1}
+    if not matrices and reads_weights(module):
+        matrices = {"": ()}  # of a child, it seems; its shape is not to be known
+    for name, shape in matrices.items():
         plan.sites.append(
             SiteReport(
                 name=".".join(filter(None, (path, name))),
@@ -268,9 +222,9 @@ def _leave(plan: _Plan, path: str, module: nn.Module, reason: str, asked: bool) 
                 weight_shape=shape,
                 tile_grid=(0, 0),
                 status="digital",
-                reason=reason,
+                reason=chosen.reason if chosen.config is None else refusal,
                 decided_by="capture",
-                asked=asked,
+                asked=chosen.asked,
             )
         )
 

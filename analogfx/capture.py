@@ -33,16 +33,38 @@ _CONSTANT = (type(None), bool, int, float, str)
 _PRODUCTS = {
     "linear", "bilinear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot",
     "conv1d", "conv2d", "conv3d", "inner", "mv", "dot", "_grouped_mm", "grouped_mm",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_dot", "chain_matmul",
+    "scaled_dot_product_attention", "multi_head_attention_forward",
 }  # fmt: skip
 
 
-def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The digital forward of a module's class."""
-    return getattr(type(module), "digital_forward", type(module).forward)
+def forward_of(module: nn.Module) -> Any:
+    """The digital forward of a module's class; None where the class has no such attribute."""
+    cls = type(module)
+    return getattr(cls, "digital_forward", None) or getattr(cls, "forward", None)
 
 
 def mentions_product(module: nn.Module) -> bool:
-    """Whether a module's forward, or a method of its own that it calls, could hold a product."""
+    """Whether a module's forward, or a function of its own that it calls, could hold a product."""
+    if not isinstance(forward_of(module), FunctionType):
+        return True  # there is no telling
+    return any(
+        _PRODUCTS & {*code.co_names}
+        or any(
+            i.argrepr == "@" or i.opname == "BINARY_MATRIX_MULTIPLY"
+            for i in dis.get_instructions(code)
+        )
+        for code in _own_code(module)
+    )
+
+
+def reads_weights(module: nn.Module) -> bool:
+    """Whether a module's code reads an attribute ``weight``, of a child say."""
+    return any("weight" in code.co_names for code in _own_code(module))
+
+
+def _own_code(module: nn.Module) -> Iterator[CodeType]:
+    """The code of a module's forward and of what it calls by name, torch's own left out."""
     forward = forward_of(module)
     pending: list[Any] = [forward, inspect.unwrap(forward)]
     seen = set()
@@ -52,16 +74,11 @@ def mentions_product(module: nn.Module) -> bool:
             continue
         seen.add(function)
         for code in _codes(function.__code__):
-            if _PRODUCTS & {*code.co_names} or any(
-                i.argrepr == "@" or i.opname == "BINARY_MATRIX_MULTIPLY"
-                for i in dis.get_instructions(code)
-            ):
-                return True
+            yield code
             for name in code.co_names:
                 helper = function.__globals__.get(name)
                 ours = not getattr(helper, "__module__", "torch").startswith("torch.")
                 pending += [getattr(type(module), name, None), helper if ours else None]
-    return False
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -97,7 +114,10 @@ def takes_constants(module: nn.Module) -> bool:
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(forward_of(module)).parameters.values())[1:]
+    forward = forward_of(module)
+    if not isinstance(forward, FunctionType):
+        return []
+    return list(inspect.signature(forward).parameters.values())[1:]
 
 
 class _OwnForward(Tracer):
@@ -158,10 +178,10 @@ def capture(module: nn.Module, training: bool, pattern: Pattern) -> Graph:
     Raises:
         CaptureError: the forward cannot be traced; the text says why.
     """
-    if "forward" in module.__dict__:
-        raise CaptureError("forward is overridden on the instance, so its class does not run")
     if not isinstance(forward_of(module), FunctionType):
         raise CaptureError("forward is not a Python function")
+    if "forward" in module.__dict__:
+        raise CaptureError("forward is overridden on the instance, so its class does not run")
     kinds = {p.kind for p in _parameters(module)}
     if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         raise CaptureError("forward takes *args or **kwargs")

@@ -100,6 +100,12 @@ def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False
     # Tried on a model without memory first: the given one is only touched if all fits.
     trial = analogize(_on_meta(model), lambda name, _: chosen.get(name), inplace=True)
     _check_fit(trial, tensors)
+    became = {name for name, module in trial.named_modules() if isinstance(module, AnalogModule)}
+    if became != set(chosen):
+        name = sorted(became ^ set(chosen))[0]
+        raise CheckpointError(
+            f"{folder}: {name!r} of {type(model).__name__} does not become analog"
+        )
     analog = analogize(model, lambda name, _: chosen.get(name), inplace=inplace)
     load_model(analog, str(tensors))
     return analog

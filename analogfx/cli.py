@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analogfx import __version__, demo
 from analogfx.errors import AnalogfxError
+from analogfx.onnx import commands as onnx_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"analogfx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    onnx_commands.add(commands)
     return parser
 
 

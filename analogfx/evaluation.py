@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from analogfx.kernels import noise
-from analogfx.module import AnalogModule, AnalogSite, row_maxima, sites, store_weight
+from analogfx.module import (
+    AnalogModule,
+    AnalogSite,
+    analog_sites,
+    parameter_of,
+    row_maxima,
+    store_weight,
+)
 
 
 @contextmanager
@@ -22,8 +29,9 @@ def programmed(analog: nn.Module, std_dev: float, seed: int | None = None) -> It
     the maximum over that row of that tile and n standard normal. A weight that several sites share
     is perturbed once. On exit, after an exception too, the weights are what they were, to the bit.
 
-    The noise acts on the stored weights: a config that clips or quantizes weights in the forward
-    does so to the noisy ones.
+    The noise acts on the stored weights. Whatever else reads them sees it too: an embedding that
+    is tied to an analog head, a checkpoint that is saved inside, and a config that clips or
+    quantizes weights in the forward.
 
     Args:
         analog: What `analogize` returned. Digital weights and all biases stay exact.
@@ -33,12 +41,14 @@ def programmed(analog: nn.Module, std_dev: float, seed: int | None = None) -> It
 
     Raises:
         ValueError: For a negative ``std_dev``.
+        TypeError: For a model without an analog layer.
+        CaptureError: For a weight that is computed from its parameter.
 
     Source: the additive model of Büchel et al., "Analog Foundation Models", NeurIPS 2025,
     arXiv 2505.09663, which takes 5 % of the channel's maximum.
     """
     if not std_dev >= 0:
-        raise ValueError(f"std_dev = {std_dev!r}: expected a number above 0, or 0 for no noise")
+        raise ValueError(f"std_dev = {std_dev!r}: expected 0 or more")
     seed = secrets.randbits(63) if seed is None else seed
     streams = itertools.count()
     with ExitStack() as on_exit:
@@ -58,8 +68,8 @@ _Product = tuple[AnalogModule, AnalogSite]
 def _by_parameter(analog: nn.Module) -> list[tuple[nn.Parameter, list[_Product]]]:
     """Every parameter with the products that multiply by it or by a part of it."""
     groups: dict[int, tuple[nn.Parameter, list[_Product]]] = {}
-    for _, module, site in sites(analog):
-        parameter = module.get_parameter(site.name)
+    for _, module, site in analog_sites(analog):
+        parameter = parameter_of(module, site)
         groups.setdefault(id(parameter), (parameter, []))[1].append((module, site))
     return list(groups.values())
 

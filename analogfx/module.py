@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ class AnalogSite:
     out_sizes: tuple[int, ...]
     groups: int
     state: StateNames
+    rearranged: bool
+    """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Callable[[nn.Module], Tensor]
     """Gives the product's weight for a module: (O, I), or torch's layout of a convolution."""
 
@@ -110,11 +113,15 @@ def check_same_sites(first: Program, second: Program) -> None:
     Raises:
         CaptureError: naming the parameters of both.
     """
-    if [s.state for s in first.sites] != [s.state for s in second.sites]:
+    if _identity(first) != _identity(second):
         names = [sorted(s.name for s in program.sites) for program in (first, second)]
         raise CaptureError(
             f"the forward multiplies by {names[0]} or by {names[1]}, as its mode or arguments say"
         )
+
+
+def _identity(program: Program) -> list[tuple[Any, ...]]:
+    return [(s.name, s.state, s.in_sizes, s.out_sizes, s.groups) for s in program.sites]
 
 
 def _write(folder: Path, numbers: Iterator[int], name: str, graph: Graph, count: int) -> None:
@@ -130,6 +137,7 @@ def _analog_site(site: Site) -> AnalogSite:
         site.out_sizes,
         site.groups,
         site.state,
+        site.rearranged,
         _weight_function(site.weight),
     )
 
@@ -149,16 +157,27 @@ def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
     return bind(graph)
 
 
+_MANY = 32
+"""Programs of one module that are probably one for every value of something."""
+
+
+def _key(pattern: Pattern) -> tuple[Any, ...]:
+    """A pattern as a key that tells 1 from True and 1.0."""
+    return tuple((name, type(value), value) for name, value in pattern)
+
+
 class Placement:
     """What makes a module analog: its config, its sites and its programs."""
 
-    def __init__(self, number: int, config: TorchInferenceRPUConfig) -> None:
+    def __init__(self, number: int, name: str, config: TorchInferenceRPUConfig) -> None:
         """A placement without programs; see :meth:`prepare`."""
         self.number = number
         """Keeps like draws of different modules apart in a compiled graph."""
+        self.name = name
+        """The module's path, for messages."""
         self.config = config
         self.resolved = resolve(config)
-        self.programs: dict[tuple[bool, Pattern], Program] = {}
+        self.programs: dict[tuple[bool, Any], Program] = {}
         self.takes_constants = False
 
     @property
@@ -182,14 +201,25 @@ class Placement:
             self.program(module, training, default_pattern(module))
 
     def change(self, module: nn.Module, config: TorchInferenceRPUConfig) -> None:
-        """Another config for a module that is analog already."""
-        self.config, self.resolved, self.programs = config, resolve(config), {}
-        self.prepare(module)
+        """Another config, or other attributes, for a module that is analog already.
 
-    def adopt(self, module: nn.Module, programs: dict[tuple[bool, Pattern], Program]) -> None:
-        """Take programs that were built for a module that looks alike."""
+        Raises:
+            CaptureError: its forward would multiply by other parameters; nothing is changed.
+        """
+        before = self.config, self.resolved, self.programs
+        self.config, self.resolved, self.programs = config, resolve(config), {}
+        try:
+            self.prepare(module)
+            check_same_sites(*(next(iter(p.values())) for p in (before[2], self.programs)))
+        except CaptureError:
+            self.config, self.resolved, self.programs = before
+            raise
+
+    def adopt(self, module: nn.Module, train: Program, evaluate: Program) -> None:
+        """Take the programs that were built for a module that looks alike."""
         self.takes_constants = takes_constants(module)
-        self.programs = programs
+        pattern = _key(default_pattern(module))
+        self.programs = {(True, pattern): train, (False, pattern): evaluate}
 
     def program(self, module: nn.Module, training: bool, pattern: Pattern) -> Program:
         """The program for a mode and for the constants of a call, built on its first use.
@@ -198,12 +228,19 @@ class Placement:
             CaptureError: a call with these constants cannot be traced, or multiplies by other
                 parameters than the calls before it, for which there are no ranges.
         """
-        program = self.programs.get((training, pattern))
+        key = training, _key(pattern)
+        program = self.programs.get(key)
         if program is None:
             program = build(module, self.resolved, training, pattern)
             if self.programs:
                 check_same_sites(next(iter(self.programs.values())), program)
-            self.programs[training, pattern] = program
+            self.programs[key] = program
+            if len(self.programs) == _MANY:
+                warnings.warn(
+                    f"{self.name or type(module).__name__}: traced for {_MANY} combinations of "
+                    "mode and constant arguments; pass what varies as a tensor",
+                    stacklevel=5,
+                )
         return program
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -215,7 +252,9 @@ class Placement:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
-        twin = Placement(self.number, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
+        twin = Placement(
+            self.number, self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict())
+        )
         twin.programs = dict(self.programs)
         twin.takes_constants = self.takes_constants
         return twin
@@ -239,6 +278,18 @@ class AnalogModule(nn.Module):
         grids = [f"{len(s.in_sizes)}x{len(s.out_sizes)}" for s in self._analog.sites]
         own = super().extra_repr()
         return f"{own}{', ' if own else ''}tiles={', '.join(grids)}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        placement, before = self.__dict__.get("_analog"), self.__dict__.get(name)
+        super().__setattr__(name, value)
+        # What a forward reads of its module is part of its graphs.
+        plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")
+        if placement is not None and plain and name not in ("training", "forward"):
+            try:
+                placement.change(self, placement.config)
+            except CaptureError:
+                super().__setattr__(name, before)
+                raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogModule:
         # Ranges, their statistics and learned clips stay in single precision in a half model.
@@ -282,8 +333,7 @@ class AnalogModule(nn.Module):
                     torch.empty_like(current, device=device) if current.is_meta else current
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for site in self._analog.sites:
-            reset_state(self, site, fresh)
+        self.__dict__["_analog_fresh"] = fresh
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -293,6 +343,13 @@ class AnalogModule(nn.Module):
         super().__setstate__(state)
         if not self._analog.programs:
             self._analog.prepare(self)
+
+
+def _finish_load(module: nn.Module, _: Any) -> None:
+    """Give what a state dict lacked its initial values, now that the children are loaded, too."""
+    fresh = module.__dict__.pop("_analog_fresh", set())
+    for site in module._analog.sites:  # type: ignore[union-attr]
+        reset_state(module, site, fresh)
 
 
 def _as_state(value: Tensor, current: Tensor) -> Tensor:
@@ -387,29 +444,38 @@ def _register_state(module: nn.Module, site: AnalogSite, config: Resolved) -> No
 
 def is_view(weight: Tensor, module: nn.Module, site: AnalogSite) -> bool:
     """Whether writing to a weight writes to the parameter that it is computed from."""
-    try:
-        parameter = module.get_parameter(site.name)
-    except AttributeError:
-        return False
+    parameter = parameter_of(module, site)
     return weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
+def parameter_of(module: nn.Module, site: AnalogSite) -> nn.Parameter:
+    """The parameter whose elements a site's weight rearranges.
+
+    Raises:
+        CaptureError: the weight is computed from its parameter, so it cannot be written back.
+    """
+    if not site.rearranged:
+        raise CaptureError(
+            f"{type(module).__name__}: the weight is computed from "
+            f"{site.name}, so nothing can be written back to it"
+        )
+    return module.get_parameter(site.name)
+
+
 def store_weight(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
-    """Write a weight, (O, I), back to the parameter that it is a rearrangement of."""
+    """Write a weight, (O, I), back to the parameter that it is a rearrangement of.
+
+    Raises:
+        CaptureError: it is no rearrangement of one.
+    """
     weight = site.weight(module)
     if is_view(weight, module, site):
         weight.copy_(matrix.view(weight.shape))
         return
     # On the way from the parameter to the weight its elements are copied: follow their indices.
-    try:
-        parameter = module.get_parameter(site.name)
-        index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
-        origin = site.weight(_stand_in(site.name, index))
-    except AttributeError:
-        raise CaptureError(
-            f"{type(module).__name__}: the weight is computed from {site.name} and more, "
-            "so it cannot be written back"
-        ) from None
+    parameter = parameter_of(module, site)
+    index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    origin = site.weight(_stand_in(site.name, index))
     values = matrix.flatten().to(weight.dtype)
     parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
 
@@ -439,6 +505,7 @@ def swap(module: nn.Module, placement: Placement) -> None:
     """
     module._analog = placement  # type: ignore[assignment]
     module.__class__ = analog_class(type(module))  # type: ignore[arg-type]
+    module.register_load_state_dict_post_hook(_finish_load)
     config = placement.resolved
     for site in placement.sites:
         _register_state(module, site, config)
@@ -450,6 +517,9 @@ def unswap(module: AnalogModule) -> None:
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
+    hooks = module._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _finish_load]:
+        del hooks[key]
     module.__class__ = module.digital_class  # type: ignore[assignment]
     del module._analog
 
@@ -469,6 +539,20 @@ def open_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in module.__dict__.pop("_analog_closed", {}).items():
             setattr(module, name, value)
+
+
+def analog_sites(model: nn.Module) -> list[tuple[str, AnalogModule, AnalogSite]]:
+    """Every analog site of a model, of which there must be some.
+
+    Raises:
+        TypeError: the model has none, or is no module.
+    """
+    found = list(sites(model)) if isinstance(model, nn.Module) else []
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} has no analog layer: pass what analogize() or load() returned"
+        )
+    return found
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:

@@ -55,11 +55,46 @@ def _define(
         _library.impl(name, below_autocast, key.name)
 
 
-def autocast(x: Tensor | None) -> Tensor | None:
+def autocast(x: Any) -> Any:
     """``x`` in the dtype that ``nn.Linear`` would compute in here: autocast's, if it is on."""
-    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or x.is_meta:
+        return x
+    if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def checked(
+    x: Any, weight: Tensor, bias: Tensor | None, features: int, dims: int, name: str
+) -> Tensor:
+    """``x`` as it is, if a site can multiply it: before its ranges follow the data.
+
+    Args:
+        features: length of x's last axis, or number of channels of an image.
+        dims: spatial axes of an image, 0 for a linear product.
+        name: the module's path, for the message.
+
+    Raises:
+        TypeError: not a tensor, or not of floating point.
+        RuntimeError: of the wrong shape, or of another dtype or device than the weight.
+    """
+    where = f"{name}: " if name else ""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{where}expected a tensor of floating point, found {found}")
+    fits = x.dim() in (dims + 1, dims + 2) if dims else x.dim() > 0
+    if not fits or x.shape[-1 - dims] != features:
+        wanted = f"(batch, {features}{', size' * dims})" if dims else f"(..., {features})"
+        raise RuntimeError(f"{where}expected an input {wanted}, found {tuple(x.shape)}")
+    for operand, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise RuntimeError(
+                f"{where}the input is {x.dtype}, the {operand} {t.dtype}: "
+                "cast one of them, or run under torch.autocast"
+            )
+    if x.device != weight.device:
+        raise RuntimeError(f"{where}the input is on {x.device}, the weight on {weight.device}")
+    return x
 
 
 def _window(text: str) -> Window | None:
@@ -363,7 +398,11 @@ def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
     window, spec = decode(Window, rest[-2]), decode(MVMSpec, rest[-1])
     shapes = conv.out_shape(x, weight, window), conv.clipped_shape(x, weight, window, spec)
     y, clipped, kept = _fake_kept(x, weight, *shapes, spec)
-    return conv.laid_out(y, x), conv.laid_out(clipped, x) if linear.is_kept(clipped) else clipped, kept
+    return (
+        conv.laid_out(y, x),
+        conv.laid_out(clipped, x) if linear.is_kept(clipped) else clipped,
+        kept,
+    )
 
 
 def _fake_conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -375,25 +414,9 @@ def _fake_conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) ->
     )
 
 
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != x.dtype:
-            raise RuntimeError(
-                f"analog product of {x.dtype} input with {t.dtype} {name}: "
-                "cast one of them, or run under torch.autocast"
-            )
-
-
-def _analog_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    *state, text = rest
-    spec = decode(MVMSpec, text)
-    _check_dtypes(x, weight, bias)
-    if x.dim() == 0 or x.shape[-1] != spec.groups * weight.shape[1]:
-        raise RuntimeError(
-            f"analog product: the input is {tuple(x.shape)}, its last axis should be "
-            f"{spec.groups * weight.shape[1]} for a weight of {tuple(weight.shape)}"
-        )
-    return linear.forward(*(x, weight, bias, *state, spec))
+def _analog_linear(*args: Any) -> Any:
+    *tensors, text = args
+    return linear.forward(*(*tensors, decode(MVMSpec, text)))
 
 
 def _analog_linear_backward(*args: Any) -> Any:
@@ -401,11 +424,9 @@ def _analog_linear_backward(*args: Any) -> Any:
     return linear.backward(*(*tensors, decode(MVMSpec, text)))
 
 
-def _analog_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    *state, window, text = rest
-    _check_dtypes(x, weight, bias)
-    specs = decode(Window, window), decode(MVMSpec, text)
-    return conv.forward(*(x, weight, bias, *state, *specs))
+def _analog_conv(*args: Any) -> Any:
+    *tensors, window, text = args
+    return conv.forward(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
 
 
 def _analog_conv_backward(*args: Any) -> Any:

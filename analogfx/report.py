@@ -48,6 +48,9 @@ class Report:
         """Plain data, ready for JSON."""
         return {"coverage": self.coverage, "sites": [asdict(s) for s in self.sites]}
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         header = ("site", "kind", "weight", "tiles", "status", "decided by", "reason")
         rows = [

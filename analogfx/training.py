@@ -12,7 +12,14 @@ from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
-from analogfx.module import AnalogModule, AnalogSite, is_view, sites, store_weight
+from analogfx.module import (
+    AnalogModule,
+    AnalogSite,
+    analog_sites,
+    is_view,
+    sites,
+    store_weight,
+)
 
 
 def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
@@ -23,7 +30,17 @@ def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
 
     Returns:
         A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: ``optimizer`` is no torch optimizer, or ``analog`` has no analog layer.
+        ValueError: the optimizer holds none of the analog weights.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"clip_after_step() takes an optimizer, found {type(optimizer).__name__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = analog_sites(analog)
+    if not any(id(p) in held for _, module, _ in found for p in module.parameters()):
+        raise ValueError("the optimizer holds no parameter of the analog layers of this model")
     return optimizer.register_step_post_hook(lambda *_: clip_weights(analog))
 
 
@@ -35,10 +52,16 @@ def clip_weights(analog: nn.Module) -> None:
     together, mean removed, unbiased): ``clip_weights`` of AIHWKIT-Lightning's layers, for every
     kind of layer. Learned clips act in the forward and are left alone.
     """
+    done = set()
     for _, module, site in sites(analog):
         config = module._analog.resolved
         if config.clip_sigma:
-            matrix = site.weight(module).flatten(1)
+            weight = site.weight(module)
+            place = (weight.data_ptr(), weight.shape, weight.stride(), config)
+            if place in done and not weight.is_meta:  # tied: the bound is that of unclipped weights
+                continue
+            done.add(place)
+            matrix = weight.flatten(1)
             _clip(matrix, config)
             if not is_view(matrix, module, site):
                 store_weight(module, site, matrix)
@@ -50,7 +73,9 @@ def _clip(matrix: Tensor, config: Resolved) -> None:
     for b in row_blocks(matrix):
         rows = matrix[b]
         spread = ref.row_std(ref.wide(rows)) if std is None else std
-        ref.clamp_to(rows, (config.clip_sigma * spread).to(rows.dtype), out=rows)
+        # A single weight has no spread (NaN): nothing says that it is too large.
+        bound = (config.clip_sigma * spread).nan_to_num(nan=float("inf"), posinf=float("inf"))
+        ref.clamp_to(rows, bound.to(rows.dtype), out=rows)
 
 
 @torch.no_grad()
@@ -58,7 +83,12 @@ def quantize_weights(analog: nn.Module) -> None:
     """Replace every analog weight by what its config's clip and quantisation make of it.
 
     Afterwards the model's own copy of the config quantises no more; everything else in it stays,
-    so an eval forward gives what it gave before. Configs that were handed in are not changed.
+    so that with per-channel quantisation into an even number of steps an eval forward gives what
+    it gave before. (Elsewhere the rows' largest weights, which scale the ADC's bound, change with
+    the weights.) Configs that were handed in are not changed.
+
+    Raises:
+        CaptureError: a weight is computed from its parameter, so it cannot be written back.
     """
     for module in analog.modules():
         if not isinstance(module, AnalogModule):

@@ -14,16 +14,13 @@ from torch import Tensor
 BLOCK = 1 << 20
 """Elements of a block: 4 MB of float32. Smaller ones cost more in calls than they save."""
 
-SERIAL_BLOCK = (1 << 15) - 1
-"""Elements below which ATen does not share an op among cores, for use inside a thread."""
 
-
-def row_blocks(t: Tensor, elements: int = BLOCK) -> Iterator[slice]:
-    """Slices of a tensor's first axis that hold about ``elements`` elements each."""
+def row_blocks(t: Tensor) -> Iterator[slice]:
+    """Slices of a tensor's first axis that hold about a block each."""
     rows = t.shape[0]
-    if t.device.type != "cpu" or t.numel() <= elements:
+    if t.device.type != "cpu" or t.numel() <= BLOCK:
         yield slice(0, rows)
         return
-    size = max(1, elements * rows // t.numel())
+    size = max(1, BLOCK * rows // t.numel())
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))

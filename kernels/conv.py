@@ -7,6 +7,8 @@ on unfolded patches instead.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def _draw(y: Tensor, seed: Tensor | None, spec: MVMSpec) -> Tensor | None:
     if not spec.out_noise:
         return None
     assert seed is not None
-    by_patch = (y.shape[0], y[0, 0].numel(), y.shape[1])
+    by_patch = (y.shape[0], math.prod(y.shape[2:]), y.shape[1])
     return noise.normal(seed, 1, by_patch, y.dtype).mT.reshape(y.shape)
 
 
@@ -185,6 +187,9 @@ def _range_grad(
     patches, is not enough. One kernel offset at a time gives every patch element once without
     ever holding more than an image of them.
     """
+    if x.device.type == "cpu" and not ref.saturated(x, r).any():  # no sync in host memory
+        nothing = torch.zeros_like(r)
+        return ref.range_grad(nothing, nothing, r, spec.decay, spec.input_min_percentage)
     padded, out = patches.pad(ref.wide(x), window), list(g.shape[2:])
     per_group = g.unflatten(1, (spec.groups, -1)).flatten(3)  # (B, groups, O / groups, L)
     kernel = modified.unflatten(0, (spec.groups, -1))
@@ -192,9 +197,14 @@ def _range_grad(
     for offset in patches.offsets(window):
         seen = patches.shifted(padded, offset, window, out)
         at = kernel[(slice(None),) * 3 + offset].mT  # (groups, C / groups, O / groups)
-        patch_grad = torch.matmul(at, per_group).flatten(1, 2).view(seen.shape)
+        patch_grad = _per_group(at, per_group).flatten(1, 2).view(seen.shape)
         beyond = ref.saturated(seen, r)
         data = data + ref.saturation_grad(patch_grad, seen, beyond)
         count = count + beyond.sum()
     share = count / patches.elements(x, window)
     return ref.range_grad(data, share, r, spec.decay, spec.input_min_percentage)
+
+
+def _per_group(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix (groups, A, B) times x (B_, groups, B, L), for depthwise groups without a product."""
+    return matrix * x if matrix.shape[-2:] == (1, 1) else torch.matmul(matrix, x)

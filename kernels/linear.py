@@ -173,11 +173,15 @@ def forward(
         marks = clipped[t // _BITS] if clipped.numel() else None
         total = _accumulate(total, y, r, peak, _draw(y, seed, t, spec), marks, t, spec)
     assert total is not None
-    out = total.flatten(1)
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = total if total.shape == shape else total.reshape(shape)
     if bias is not None:
-        out = out.add_(ref.wide(bias))
+        out = out + ref.wide(bias) if out._is_view() else out.add_(ref.wide(bias))
+    out = out.to(x.dtype)
+    if out._is_view():  # an output that is a view may not be written to by what follows
+        out = out.clone()
     kept = modified.view(weight.shape) if keeps_weight(weight, spec) else weight.new_empty(0)
-    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), clipped, kept
+    return out, clipped, kept
 
 
 _STREAMED = 1 << 23

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,11 +20,9 @@ from torch import Tensor
 from analogfx.kernels import philox
 
 CHUNK = 1 << 18
-"""Elements, in whole rows, that share one key on the CPU. Part of what the noise is: not tuned."""
+"""Elements that share one key on the CPU. Part of the definition of the noise: never tuned."""
 
 _MASK = (1 << 64) - 1
-
-Finish = Callable[[slice, Tensor], None]
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -39,53 +37,34 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=device)
 
 
-def normal(
-    seed: Tensor,
-    stream: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    finish: Finish | None = None,
-) -> Tensor:
+def normal(seed: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Standard normal values of a shape, float32 or float64, on the seed's device.
 
-    Args:
-        finish: called with rows (a slice of the first axis) and their values while these are in
-            cache, to make of them in place what they are for. It may run in several threads.
+    Tensors of equal size hold the same values in the same order, whatever their shapes.
     """
-    if seed.device.type == "cpu":
-        return _cpu_normal(int(seed), stream, shape, dtype, finish)
-    out = philox.normal(seed, stream, math.prod(shape)).to(dtype).reshape(shape)
-    if finish is not None:
-        finish(slice(0, out.shape[0]), out)
+    if seed.device.type != "cpu":
+        return philox.normal(seed, stream, math.prod(shape)).to(dtype).reshape(shape)
+    out = torch.empty(shape, dtype=dtype)
+    _fill(out.view(-1), int(seed), stream)
     return out
 
 
-def _cpu_normal(
-    seed: int, stream: int, shape: Sequence[int], dtype: torch.dtype, finish: Finish | None
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype)
-    rows = shape[0] if shape else 1
-    per_chunk = max(1, CHUNK // max(1, out.numel() // max(1, rows)))
-    chunks = range(0, rows, per_chunk)
+def _fill(out: Tensor, seed: int, stream: int) -> None:
+    chunks = out.split(CHUNK)
 
-    def fill(start: int) -> None:
-        part = slice(start, min(start + per_chunk, rows))
-        values = out[part] if shape else out
-        generator = torch.Generator().manual_seed(_mix(seed, stream, start // per_chunk))
+    def fill(number: int) -> None:
+        generator = torch.Generator().manual_seed(_mix(seed, stream, number))
         # Modes are a thread's own, and leaving inference mode turns gradients on.
         with torch.inference_mode(out.is_inference()), torch.no_grad():
-            values.normal_(generator=generator)
-            if finish is not None:
-                finish(part, values)
+            chunks[number].normal_(generator=generator)
 
     threads = min(torch.get_num_threads(), len(chunks))
     if threads > 1:
         # ATen draws with one core whatever the size, and releases the interpreter while it does.
-        list(_pool(threads).map(fill, chunks))
+        list(_pool(threads).map(fill, range(len(chunks))))
     else:
-        for start in chunks:
-            fill(start)
-    return out
+        for number in range(len(chunks)):
+            fill(number)
 
 
 def _mix(*words: int) -> int:

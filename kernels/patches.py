@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -120,6 +121,12 @@ def multiplicity(x: Tensor, window: Window) -> Tensor:
     return total
 
 
+def _visits(x: Tensor, window: Window) -> int:
+    """How many elements of the patches of one channel are pixels of the image."""
+    axes = zip(x.shape[2:], *window, strict=True)
+    return math.prod(sum(_axis_multiplicity(*axis)) for axis in axes)
+
+
 def elements(x: Tensor, window: Window) -> int:
     """Number of elements of all patches, padding included."""
     count = x.shape[0] * x.shape[1]
@@ -141,7 +148,7 @@ def std(x: Tensor, window: Window) -> Tensor:
     per_pixel = x.sum((0, 1))
     mean = (per_pixel * weight).sum() / count
     squares = (x - mean).square_().sum((0, 1))
-    padding = count - weight.sum() * (x.shape[0] * x.shape[1])
+    padding = count - x.shape[0] * x.shape[1] * _visits(x, window)
     return (((squares * weight).sum() + padding * mean.square()) / (count - 1)).sqrt()
 
 

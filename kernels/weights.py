@@ -7,7 +7,7 @@ from torch import Tensor
 
 from analogfx.kernels import noise
 from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import BLOCK, SERIAL_BLOCK, row_blocks
+from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.spec import MVMSpec
 
 
@@ -79,28 +79,23 @@ def modified_weight(
     sigma = spec.noise_std * by_row(spec.noise_per_channel) if spec.noise_std else None
     bound = by_row(spec.weight_per_channel) if spec.weight_states else None
     clips = by_row(True) if clip is not None else None
-
-    def finish(rows: slice, out: Tensor) -> None:
-        # Where noise is drawn this runs in a thread, whose ops must not spread over the cores.
-        for b in row_blocks(out, SERIAL_BLOCK if spec.noise_std else BLOCK):
-            at = slice(rows.start + b.start, rows.start + b.stop)
-            part = w[at]
-            if bound is not None:
-                spread = _spread(bound[at], spec.in_sizes)
-                part = ref.quantize_weight(part, spread, spec.weight_states)
-            elif clips is not None:
-                part = ref.clip_weight(part, _spread(clips[at], spec.in_sizes))
-            if sigma is not None:
-                out[b].mul_(_spread(sigma[at], spec.in_sizes)).add_(part)
-            else:
-                out[b] = part
-
     dtype = ref.wide(w.new_empty(0)).dtype
-    if spec.noise_std:
+    if sigma is None:
+        out = torch.empty_like(w, dtype=dtype)
+    else:
         assert seed is not None
-        return noise.normal(seed, 0, w.shape, dtype, finish)
-    out = torch.empty_like(w, dtype=dtype)
-    finish(slice(0, out.shape[0]), out)
+        out = noise.normal(seed, 0, w.shape, dtype)
+    for b in row_blocks(w):
+        part = w[b]
+        if bound is not None:
+            spread = _spread(bound[b], spec.in_sizes)
+            part = ref.quantize_weight(part, spread, spec.weight_states)
+        elif clips is not None:
+            part = ref.clip_weight(part, _spread(clips[b], spec.in_sizes))
+        if sigma is None:
+            out[b] = part
+        else:
+            out[b].mul_(_spread(sigma[b], spec.in_sizes)).add_(part)
     return out
 
 

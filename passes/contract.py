@@ -88,6 +88,8 @@ class Site:
     in_sizes: tuple[int, ...]
     out_sizes: tuple[int, ...]
     state: StateNames
+    rearranged: bool
+    """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Node = field(compare=False)
     """The canonical weight: (O, I) of a linear product, torch's layout of a convolution."""
 
@@ -197,13 +199,13 @@ def propagate_stationary(graph: Graph) -> None:
         if _writes(node):
             written = node.kwargs.get("out", node.args[0] if node.args else None)
             if weight_value(written) is not None:
-                for source in sources(written):  # type: ignore[arg-type]
+                for source in sources(written):
                     source.meta["written"] = True
             continue
         cast = node.target in _CASTS and weight_value(node.args[0]) is not None
         if not all("stationary" in n.meta for n in inputs):
             if cast:  # to what an input of the model is
-                node.meta["cast_of"], meta = node.args[0], node.args[0].meta  # type: ignore
+                node.meta["cast_of"], meta = node.args[0], node.args[0].meta
                 mark_stationary(node, meta["stationary"], meta["parameter"])
                 continue
             weights = [n.meta.get("cut_from", n) for n in inputs if not n.meta["describes"]]

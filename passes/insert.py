@@ -1,7 +1,7 @@
 """insert: around every chosen product the nodes of its pre-processing, tile and post-processing.
 
 Written for one tile that holds the whole weight; ``map_tiles`` cuts it. In training the running
-statistics are updated first, functionally, and stored by ``copy_``; the range is then cloned, so
+statistics are updated first, functionally, and stored by ``copy_``; what is used is a copy, so
 that the backward uses the range that this forward used whatever happens to the parameter.
 """
 
@@ -72,8 +72,9 @@ def insert(graph: Graph, context: Context) -> int:
 
 def _site(emit: Emitter, product: Node, config: Resolved, training: bool) -> Node:
     x, weight, bias = product.args[:3]
-    x_cast = x = emit.call("input", ops.autocast, x)
     w = emit.call("weight", ops.autocast, weight)
+    bias = None if bias is None else emit.call("bias", ops.autocast, bias)
+    x_cast = x = _input(emit, x, w, bias)
     noisy = training and bool(config.noise_std or config.out_noise)
     seed = _seed(emit, x) if noisy else None
     window = _window(product)
@@ -89,10 +90,19 @@ def _site(emit: Emitter, product: Node, config: Resolved, training: bool) -> Nod
     if emit.site.groups > 1:
         y = emit.method("output", "flatten", y, -2)
     if bias is not None:
-        y = emit.call("bias", torch.add, y, emit.call("bias", ops.autocast, bias))
+        y = emit.call("bias", torch.add, y, bias)
     if window is not None:
         y = emit.call("output", patches.fold_output, y, x_cast, *window)
     return emit.method("output", "type_as", y, x_cast)
+
+
+def _input(emit: Emitter, x: Any, w: Node, bias: Node | None) -> Node:
+    """The site's input, cast and checked before anything depends on it."""
+    shape = emit.site.decision.weight_shape
+    features, dims = emit.site.groups * shape[1], len(shape) - 2
+    name = emit.attribute("state", "_analog.name")
+    cast = emit.call("input", ops.autocast, x)
+    return emit.call("input", ops.checked, cast, w, bias, features, dims, name)
 
 
 def _window(product: Node) -> Window | None:
@@ -107,11 +117,14 @@ def _window(product: Node) -> Window | None:
 
 
 def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
-    """The input ranges (k,), after this step's statistics in training."""
+    """The input ranges (k,), after this step's statistics in training.
+
+    A range acts by its magnitude, should an optimizer take it below 0.
+    """
     names = emit.site.state
-    if not training:
-        return emit.attribute("range", names.input_range)
     parameter = emit.attribute("state", names.input_range)
+    if not training:
+        return emit.method("range", "abs", parameter)
     stored = [emit.method("state", "detach", parameter)]
     stored += [emit.attribute("state", n) for n in (names.count, names.x_min, names.x_max)]
     updated = emit.call(
@@ -130,7 +143,7 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
     for number, place in enumerate(stored):
         new = emit.call("state", operator.getitem, updated, number)
         emit.call("store", torch.ops.aten.copy_.default, place, new)
-    return emit.method("range", "clone", parameter)
+    return emit.method("range", "abs", emit.method("state", "clone", parameter))
 
 
 def _seed(emit: Emitter, x: Node) -> Node:

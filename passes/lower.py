@@ -123,10 +123,24 @@ def _complete(site: Site, nodes: list[Node]) -> bool:
             return False
     counts = Counter(role(n) for n in nodes)
     tiles = len(site.in_sizes)
-    return counts["mvm"] == tiles and all(counts[r] in (0, tiles) for r in _ONCE_A_TILE)
+    once = counts["mvm"] == tiles and all(counts[r] in (0, tiles) for r in _ONCE_A_TILE)
+    return once and all(_alike([n for n in nodes if role(n) == r]) for r in _ONCE_A_TILE)
 
 
 _ONCE_A_TILE = PER_TILE - {"tile", "tile_max"}
+_NUMBERED = {"tile_range": 2, "tile_clip": 2, "output_normal": 2}
+"""Arguments that hold a tile's number."""
+
+
+def _alike(nodes: list[Node]) -> bool:
+    """Whether the nodes of one role do the same for every tile."""
+
+    def look(node: Node) -> tuple[Any, ...]:
+        number = _NUMBERED.get(role(node))
+        scalars = [a for i, a in enumerate(node.args) if not isinstance(a, Node) and i != number]
+        return node.target, scalars, [role(n) for n in node.all_input_nodes]
+
+    return all(look(node) == look(nodes[0]) for node in nodes)
 
 
 def _spec(site: Site, nodes: list[Node], training: bool) -> MVMSpec:

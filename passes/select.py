@@ -35,6 +35,11 @@ def _is_view(node: Node) -> bool:
     return node.op == "get_attr" or name in _VIEWS
 
 
+def _is_rearranged(weight: Node) -> bool:
+    """Whether a weight holds a parameter's elements and nothing computed from them."""
+    return all(_is_view(n) for n in sources(weight))
+
+
 def _objection(weight: Node, config: Resolved | None) -> str | None:
     """Why a canonical product stays digital, None if it need not."""
     value = weight_value(weight)
@@ -47,7 +52,7 @@ def _objection(weight: Node, config: Resolved | None) -> str | None:
         return "the weight has no elements"
     if any(n.meta.get("written") for n in sources(weight)):
         return "the weight is changed in place"
-    if config.clip_sigma and not all(_is_view(n) for n in sources(weight)):
+    if config.clip_sigma and not _is_rearranged(weight):
         return "Gaussian clipping cannot be written back to a computed weight"
     return None
 
@@ -100,7 +105,9 @@ def _site(node: Node, index: int, state: StateNames, config: Resolved) -> Site:
         reason="",
         decided_by="select",
     )
-    return Site(decision, index, groups, tuple(in_sizes), tuple(out_sizes), state, weight)
+    rearranged = _is_rearranged(weight)
+    sizes = tuple(in_sizes), tuple(out_sizes)
+    return Site(decision, index, groups, *sizes, state, rearranged, weight)
 
 
 def _state_names(parameters: list[str]) -> list[StateNames]:

@@ -23,4 +23,5 @@ def one_thread():
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(oracle.summary())
+    if line := oracle.summary():
+        terminalreporter.write_line(line)

@@ -31,7 +31,7 @@ from analogfx.kernels import noise
 from analogfx.module import explicit_level
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Largest difference, relative to the element and to the largest of what it is computed with."""
+"""Largest difference, relative to the element and to the largest element of its tensor."""
 
 TIE_ULPS = 8
 """How near to a rounding tie a value must be, in ulps of the largest value that is rounded along
@@ -149,18 +149,18 @@ def run(layer: nn.Module, step: Step, learning_rate: float = 0.01) -> dict[str, 
     return seen | copied_state(layer)
 
 
-def mismatch(actual: Tensor | None, expected: Tensor | None, source: Tensor | None = None) -> str:
+def mismatch(actual: Tensor | None, expected: Tensor | None, terms: Tensor | None = None) -> str:
     """How two tensors differ by more than rounding, "" if they do not.
 
     Args:
-        source: what they are sums of, if sums of it may cancel.
+        terms: of the size of what was summed, where a sum may leave little of it.
     """
     if actual is None or expected is None:
         return "" if actual is expected else f"{actual} instead of {expected}"
     if actual.numel() != expected.numel():
         return f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     tolerance = TOLERANCE[expected.dtype]
-    sizes = [t.abs().max().item() for t in (expected, source) if t is not None and t.numel()]
+    sizes = [t.abs().max().item() for t in (expected, terms) if t is not None and t.numel()]
     scale = max(sizes, default=0.0)
     # Counters are integers here and floats there; Lightning's Conv1d has an axis more.
     actual = actual.view_as(expected).to(expected.dtype)
@@ -236,10 +236,13 @@ class Twins:
         expected = self._lightning(self.oracle, step, actual["output"].shape)
 
         assert actual.keys() == expected.keys()
-        sources = {"output": step.x, **{n: step.grad for n in expected if "gradient" in n}}
-        texts = {n: mismatch(actual[n], t, sources.get(n)) for n, t in expected.items()}
+        y = expected["output"]
+        assert (actual["output"].shape, actual["output"].dtype) == (y.shape, y.dtype)
+        # The one gradient that is a sum, of either sign, over all inputs.
+        terms = {"gradient of input_range": step.grad}
+        texts = {name: mismatch(actual[name], t, terms.get(name)) for name, t in expected.items()}
         wrong = {name: text for name, text in texts.items() if text}
-        if wrong and self._rounds_a_tie(before, step, actual["output"].shape):
+        if wrong and self.rounds_a_tie(before, step, y.shape):
             self.tally.tied += 1
             return
         assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
@@ -253,7 +256,7 @@ class Twins:
         with feeding(draws, layer.weight.dtype):
             return run(layer, step)
 
-    def _rounds_a_tie(self, before: dict[str, Tensor], step: Step, y: torch.Size) -> bool:
+    def rounds_a_tie(self, before: dict[str, Tensor], step: Step, y: torch.Size) -> bool:
         """Whether Lightning, in float64, rounds a value that float32 cannot tell from a tie."""
         if self.dtype == torch.float64:
             return False
@@ -279,16 +282,14 @@ class Twins:
                 self.tally.exact += torch.equal(actual[name].view_as(t).to(t.dtype), t)
 
     def within_domain(self) -> bool:
-        """Whether Lightning's state is one that it computes with as it says.
+        """Whether Lightning computes as documented with the state that it is in.
 
-        It inverts scales above 1, asserts that clips are not negative, and has no meaning for
-        ranges below 0.
+        It inverts scales above 1, asserts that clips are not negative, and means nothing by a
+        negative range.
         """
         values = state(self.oracle)
-        positive = [values[n] for n in ("input_range", "learnable_weight_clip") if n in values]
-        return bool(values["weight"].abs().max() < 1) and all(
-            bool((t >= 0).all()) for t in positive
-        )
+        signed = [values[n] for n in ("input_range", "learnable_weight_clip") if n in values]
+        return bool(values["weight"].abs().max() < 1) and all(t.ge(0).all() for t in signed)
 
 
 def _near_tie(t: Tensor) -> bool:

@@ -6,12 +6,16 @@ from collections import Counter
 import torch
 from torch import nn
 
+import analogfx
 from analogfx.capture import bind, capture, default_pattern
 from analogfx.config import resolve
+from analogfx.module import AnalogModule
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context
 
 IDENTITY = {"forward": {}}
+COARSE = {"pre_post": {"input_range": {"enable": True}}, "forward": {"inp_res": 6}}
+"""3-bit inputs: what passes through an analog layer is visibly not digital."""
 
 
 def merged(*configs):
@@ -59,7 +63,9 @@ CONFIGS = {
     "weight noise": _NOISE,
     "weight noise by row": modifier(noise_type="AddNormalPerChannel", std_dev=0.1),
     "output noise": merged(ranged(), _OUT_NOISE),
-    "output noise by row": merged(ranged(), _OUT_NOISE, {"forward": {"out_noise_per_channel": True}}),
+    "output noise by row": merged(
+        ranged(), _OUT_NOISE, {"forward": {"out_noise_per_channel": True}}
+    ),
     "discrete": modifier(quantization_type="Discretize", res=14),
     "discrete rows": _DISCRETE_ROWS,
     "gaussian clip": merged(ranged(), _IO, clip("LayerGaussian", sigma=2.0)),
@@ -71,7 +77,8 @@ CONFIGS = {
         clip("LearnablePerChannel"),
     ),
     "everything, dynamic": merged(
-        ranged(dynamic=True), _IO, _OUT_NOISE, _NOISE, modifier(quantization_type="Discretize", res=14)
+        ranged(dynamic=True), _IO, _OUT_NOISE, _NOISE,
+        modifier(quantization_type="Discretize", res=14)
     ),
 }  # fmt: skip
 EVERYTHING = CONFIGS["everything"]
@@ -84,7 +91,8 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(2, 6, (3, 2), padding=(1, 0), dilation=(1, 2)), (2, 2, 5, 6)),
     "conv2d without batch": (lambda: nn.Conv2d(3, 4, 2, bias=False), (3, 4, 4)),
     "conv2d same": (lambda: nn.Conv2d(2, 4, (1, 3), padding="same"), (2, 2, 4, 5)),
-    "conv2d circular": (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), (2, 2, 4, 4)),
+    "conv2d circular": (
+        lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), (2, 2, 4, 4)),
     "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 2)), (1, 2, 2, 3, 4)),
     "grouped": (lambda: nn.Conv2d(4, 6, 2, groups=2), (2, 4, 4, 3)),
     "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4, padding=2), (2, 4, 6)),
@@ -126,6 +134,34 @@ class MLP(nn.Module):
 def mlp(seed=0, **sizes):
     torch.manual_seed(seed)
     return MLP(**sizes)
+
+
+class Deep(nn.Module):
+    """Names to choose by: layers.0.up, layers.0.down, layers.1.up, ..., head."""
+
+    def __init__(self, depth=3, width=4):
+        super().__init__()
+        kinds = ("up", "down")
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({kind: nn.Linear(width, width) for kind in kinds}) for _ in range(depth)
+        )
+        self.head = nn.Linear(width, width)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["down"](layer["up"](x))
+        return self.head(x)
+
+
+# ---------------------------------------------------------------------------------- models
+
+
+def analog_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, AnalogModule)]
+
+
+def statuses(model):
+    return {site.name: site.status for site in analogfx.report(model).sites}
 
 
 # ---------------------------------------------------------------------------------- graphs

@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import functools
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import analogfx
 from analogfx import ops
 from analogfx.module import explicit_level
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = sorted(
     name.removeprefix("analogfx::").removesuffix(".default")
@@ -66,10 +69,16 @@ SITES = {
     "conv, groups": ("grouped", EVERYTHING),
     "conv3d": ("conv3d", CONFIGS["weight noise"]),
 }
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
 LAYOUTS = {
     "as it is": lambda x: x,
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "channels last": channels_last,
     "every second": lambda x: torch.stack([x, x], -1)[..., 0],
 }  # fmt: skip
 
@@ -80,12 +89,8 @@ def calls(site, explicit, layout=LAYOUTS["as it is"], dtype=torch.float32):
     module, x = layer_and_input(layer, dtype)
     analog = analogfx.analogize(module, config)
     x = layout(x).detach().requires_grad_()
-    with CallsOf() as above:
-        if explicit:
-            with explicit_level():
-                y = analog(x)
-        else:
-            y = analog(x)
+    with CallsOf() as above, explicit_level() if explicit else contextlib.nullcontext():
+        y = analog(x)
     with CallsBelow() as below:
         y.sum().backward()
     return above.calls + below.calls
@@ -109,7 +114,8 @@ def check(function, args, compiled=True):
 def signature(args):
     """What tells one call from another: kinds of tensors, and scalars."""
     return tuple(
-        (a.dtype, a.dim(), a.requires_grad) if isinstance(a, torch.Tensor) else repr(a) for a in args
+        (a.dtype, a.dim(), a.requires_grad) if isinstance(a, torch.Tensor) else repr(a)
+        for a in args
     )
 
 
@@ -174,17 +180,31 @@ def test_a_first_derivative_can_be_kept_and_a_second_is_refused(layer):
         grad.square().sum().backward()
 
 
-def test_inputs_of_another_dtype_are_refused_with_what_would_do():
-    analog = analogfx.analogize(nn.Linear(4, 3), EVERYTHING)
-    with pytest.raises(RuntimeError, match=r"torch\.float64 input with torch\.float32 weight.*autocast"):
-        analog(torch.randn(2, 4, dtype=torch.float64))
+WRONG = {
+    # name: (layer, input, error, what the message says)
+    "another dtype": ("linear", torch.ones(2, 12, dtype=torch.float64), RuntimeError,
+                      "input is torch.float64, the weight torch.float32: cast one .*autocast"),
+    "another width": ("linear", torch.ones(2, 5), RuntimeError, r"\(\.\.\., 12\), found \(2, 5\)"),
+    "no axis": ("linear", torch.ones(()), RuntimeError, r"\(\.\.\., 12\), found \(\)"),
+    "integers": ("linear", torch.ones(2, 12, dtype=torch.int64), TypeError, "a torch.int64 tensor"),
+    "no tensor": ("linear", [1.0] * 12, TypeError, "found list"),
+    "other channels": ("conv2d", torch.ones(1, 3, 4, 4), RuntimeError, r"found \(1, 3, 4, 4\)"),
+    "other axes": ("conv2d", torch.ones(1, 1, 2, 4, 4), RuntimeError, r"\(batch, 2, size, size\)"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (5,)])
-def test_inputs_of_another_width_are_refused(shape):
-    analog = analogfx.analogize(nn.Linear(4, 3), EVERYTHING)
-    with pytest.raises(RuntimeError, match=r"last axis should be 4"):
-        analog(torch.randn(shape))
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "fused"])
+@pytest.mark.parametrize("name", WRONG)
+def test_inputs_that_a_site_cannot_multiply_are_refused_before_its_ranges_follow_them(
+    name, explicit
+):
+    layer, x, error, message = WRONG[name]
+    module, _ = layer_and_input(layer, torch.float32)
+    analog = analogfx.analogize(nn.Sequential(module), EVERYTHING)
+    level = explicit_level() if explicit else contextlib.nullcontext()
+    with level, pytest.raises(error, match=f"^0: .*{message}"):
+        analog(x)
+    assert analog[0].input_range == 3.0 and analog[0].input_range_update_idx == 0
 
 
 # ------------------------------------------------------------------------------------- autocast
@@ -205,10 +225,7 @@ def test_autocast_gives_the_dtype_that_the_layer_gives(layer, autocast, of_input
         with torch.autocast("cpu", autocast):
             return module(x)
 
-    if explicit:
-        with explicit_level():
-            y = forward(analog)
-    else:
+    with explicit_level() if explicit else contextlib.nullcontext():
         y = forward(analog)
     assert y.dtype == forward(digital).dtype
     y.sum().backward()
@@ -271,8 +288,7 @@ def test_a_site_compiles_to_one_graph_that_computes_the_same(fresh_dynamo, layer
     analog = analogfx.analogize(module, config)
     twin = analogfx.analogize(module, config)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    levels = explicit_level() if explicit else torch.enable_grad()
-    with levels:
+    with explicit_level() if explicit else contextlib.nullcontext():
         for _ in range(2):  # the second step reads what the first one stored
             eager, with_compile = step(analog, analog, x), step(compiled, twin, x)
             torch.testing.assert_close(with_compile, eager, rtol=1e-12, atol=1e-12)

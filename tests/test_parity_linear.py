@@ -19,6 +19,7 @@ from oracle import (
     Tally,
     Twins,
     configs,
+    copied_state,
     divides_zero,
     draws_of,
     feeding,
@@ -30,6 +31,7 @@ from oracle import (
 from torch import nn
 
 import analogfx
+from analogfx.kernels import noise
 
 EXAMPLES = 450
 """Configurations for each of the four range modes."""
@@ -83,6 +85,31 @@ def test_odd_numbers_of_states(states):
     digital = randomize(nn.Linear(30, 5), seed=0, dead_row=True)
     x = torch.linspace(-4.0, 4.0, 240).view(8, 30)  # the range is 3
     Twins(digital, config, Tally()).step(Step(x, torch.ones(8, 5), training=True, seed=0))
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_noise_of_several_chunks(explicit):
+    """Noise is keyed by chunks of rows, which must be the same rows whatever the shape of x."""
+    config = TorchInferenceRPUConfig()
+    config.pre_post.input_range.enable = True
+    config.forward.out_noise = 0.1
+    shape = (7, noise.CHUNK // 64 // 4, 64)
+    generator = torch.Generator().manual_seed(0)
+    step = Step(torch.randn(*shape[:2], 8, generator=generator), torch.ones(shape), True, 0)
+    digital = randomize(nn.Linear(8, 64), seed=0, dead_row=False)
+    Twins(digital, config, Tally(), explicit).step(step)
+
+
+@pytest.mark.parametrize(("x", "tie"), [(0.5, True), (0.501, False)])
+def test_ties_are_told_from_errors(x, tie):
+    """What excuses a difference of a whole step: here the inputs are rounded to -1, 0 and 1."""
+    config = TorchInferenceRPUConfig()
+    ranges = config.pre_post.input_range
+    ranges.enable, ranges.init_value, ranges.init_from_data = True, 1.0, 0
+    config.forward.inp_res = 2.0
+    twins = Twins(nn.Linear(1, 1), config, Tally())
+    step = Step(torch.tensor([[x]]), torch.ones(1, 1), training=True, seed=0)
+    assert twins.rounds_a_tie(copied_state(twins.oracle), step, torch.Size([1, 1])) is tie
 
 
 def operands(digital, config, x):

@@ -11,11 +11,13 @@ CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @st.composite
-def windows_and_images(draw, dims=st.integers(1, 3), dtype=torch.float64):
+def windows_and_images(draw, least=1, most=3, dtype=torch.float64):
     """A window and an image that at least one patch of it fits."""
     axes = []
-    for _ in range(draw(dims)):
-        k, s, p, d = (draw(st.integers(low, high)) for low, high in ((1, 3), (1, 3), (0, 3), (1, 3)))
+    for _ in range(draw(st.integers(least, most))):
+        k, s, p, d = (
+            draw(st.integers(low, high)) for low, high in ((1, 3), (1, 3), (0, 3), (1, 3))
+        )
         smallest = max(1, d * (k - 1) + 1 - 2 * p)
         axes.append((k, s, p, d, draw(st.integers(smallest, smallest + 4))))
     kernel, stride, padding, dilation, size = map(list, zip(*axes, strict=True))
@@ -26,7 +28,7 @@ def windows_and_images(draw, dims=st.integers(1, 3), dtype=torch.float64):
     return Window(kernel, stride, padding, dilation), x
 
 
-@given(windows_and_images(dims=st.just(2)))
+@given(windows_and_images(2, 2))
 def test_unfold_is_torchs(drawn):
     window, x = drawn
     expected = F.unfold(x, window.kernel_size, window.dilation, window.padding, window.stride)
@@ -38,9 +40,7 @@ def test_a_product_of_patches_is_a_convolution(drawn):
     window, x = drawn
     kernel = torch.randn(4, x.shape[1], *window.kernel_size, dtype=x.dtype)
     dims = len(window.stride)
-    expected = CONVOLVE[dims](
-        x, kernel, None, window.stride, window.padding, window.dilation
-    )
+    expected = CONVOLVE[dims](x, kernel, None, window.stride, window.padding, window.dilation)
     rows = patches.unfold_batched(x, *window)
     y = patches.fold_output(rows @ kernel.flatten(1).T, x, *window)
     assert list(y.shape[2:]) == window.out_size(list(x.shape[2:]))
@@ -62,7 +62,9 @@ def test_std_is_that_of_the_patches(drawn):
     else:
         # An error of sums over n elements, relative to the largest of them.
         scale = float(rows.abs().amax())
-        torch.testing.assert_close(patches.std(x, window), rows.std(), rtol=1e-12, atol=1e-12 * scale)
+        torch.testing.assert_close(
+            patches.std(x, window), rows.std(), rtol=1e-12, atol=1e-12 * scale
+        )
 
 
 @given(windows_and_images(dtype=torch.float32))
@@ -88,7 +90,8 @@ def test_shifted_is_one_column_of_the_patches(drawn):
     out = window.out_size(list(x.shape[2:]))
     padded = patches.pad(x, window)
     columns = [
-        patches.shifted(padded, offset, window, out).flatten(2) for offset in patches.offsets(window)
+        patches.shifted(padded, offset, window, out).flatten(2)
+        for offset in patches.offsets(window)
     ]
     stacked = torch.stack(columns, dim=2).flatten(1, 2)  # (B, C * offsets, L)
     assert torch.equal(stacked.mT, patches.unfold(x, window))

@@ -9,7 +9,10 @@ UNTOUCHED = 1e-5
 
 
 def state(tiles, dtype=torch.float32):
-    low, high = torch.full((tiles,), -UNTOUCHED, dtype=dtype), torch.full((tiles,), UNTOUCHED, dtype=dtype)
+    low, high = (
+        torch.full((tiles,), -UNTOUCHED, dtype=dtype),
+        torch.full((tiles,), UNTOUCHED, dtype=dtype),
+    )
     return torch.full((tiles,), 3.0, dtype=dtype), torch.zeros(tiles, dtype=torch.int64), low, high
 
 
@@ -38,7 +41,9 @@ def test_static_is_a_running_mean_for_each_tile():
 def test_fast_starts_at_the_first_extremes_and_follows_with_momentum():
     first, second = torch.tensor([[-1.0, 4.0]]), torch.tensor([[-3.0, 2.0]])
     current = update(first, state(1), mode="fast")
-    torch.testing.assert_close(current[2:], (torch.tensor([-1.0 - UNTOUCHED]), torch.tensor([4.0 + UNTOUCHED])))
+    torch.testing.assert_close(
+        current[2:], (torch.tensor([-1.0 - UNTOUCHED]), torch.tensor([4.0 + UNTOUCHED]))
+    )
     torch.testing.assert_close(current[0], torch.tensor([4.0 + UNTOUCHED]))
     current = update(second, current, mode="fast")
     torch.testing.assert_close(current[2], torch.tensor([-0.9 - 0.3]), rtol=1e-4, atol=0)
@@ -68,7 +73,9 @@ def test_tiles_stop_on_their_own():
     x = torch.cat([torch.zeros(4, 3), torch.randn(4, 3)], dim=1)  # the first tile sees no spread
     current = update(x, state(2), in_sizes=[3, 3])
     assert current[1].tolist() == [0, 1] and current[0][0] == 3.0
-    closed = update(torch.randn(4, 6), (current[0], torch.tensor([0, 5]), *current[2:]), in_sizes=[3, 3])
+    closed = update(
+        torch.randn(4, 6), (current[0], torch.tensor([0, 5]), *current[2:]), in_sizes=[3, 3]
+    )
     assert closed[1].tolist() == [1, 5]
     assert closed[0][0] != current[0][0] and closed[0][1] == current[0][1]
 

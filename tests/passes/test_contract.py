@@ -121,4 +121,8 @@ def test_a_refusal_names_the_largest_weight():
     contract.refuse(node, "addmm", "so it is", "somebody")
     decision = node.meta["decision"]
     assert (decision.name, decision.weight_shape, decision.tile_grid) == ("w", (4, 5), (0, 0))
-    assert (decision.status, decision.reason, decision.decided_by) == ("digital", "so it is", "somebody")
+    assert (decision.status, decision.reason, decision.decided_by) == (
+        "digital",
+        "so it is",
+        "somebody",
+    )

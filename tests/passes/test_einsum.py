@@ -15,9 +15,7 @@ def contractions(draw):
     """An equation that one MVM computes, and the shapes of its operands."""
     letters = draw(st.permutations(string.ascii_letters[:10]))
     counts = [draw(st.integers(*bounds)) for bounds in ((0, 2), (1, 3), (0, 2))]
-    kept, contracted, outputs = (
-        letters[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(3)
-    )
+    kept, contracted, outputs = (letters[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(3))
     size = {c: draw(st.integers(1, 4)) for c in letters}
     x, w, y = (
         "".join(draw(st.permutations(terms)))

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import operator
 
@@ -24,6 +25,8 @@ from analogfx.kernels import patches
 from analogfx.module import explicit_level
 from analogfx.passes import pipeline
 from analogfx.passes.lower import lower
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 dialect = torch.ops.analogfx
 FUSED = {dialect.analog_linear.default, dialect.analog_conv.default}
@@ -85,10 +88,7 @@ def result(analog, x, explicit):
     for training in (True, True, False):
         analog.train(training)
         torch.manual_seed(5)
-        if explicit:
-            with explicit_level():
-                y = analog(x)
-        else:
+        with explicit_level() if explicit else contextlib.nullcontext():
             y = analog(x)
         generator = torch.Generator().manual_seed(1)
         y.backward(torch.randn(y.shape, generator=generator, dtype=y.dtype))

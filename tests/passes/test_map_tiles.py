@@ -21,6 +21,8 @@ from analogfx.passes.map_tiles import PER_TILE, map_tiles
 from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PASSES = (normalize, select, insert, map_tiles)
 
 

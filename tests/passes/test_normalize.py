@@ -24,13 +24,15 @@ SPELLINGS = {
     # name: (forward, shapes of the parameters, shape of the input)
     "linear": (lambda s, x: F.linear(x, s.w), {"w": W}, X),
     "linear with bias": (lambda s, x: F.linear(x, s.w, s.b), {"w": W, "b": (4,)}, X),
-    "linear, keywords": (lambda s, x: F.linear(input=x, bias=s.b, weight=s.w), {"w": W, "b": (4,)}, X),
+    "linear, keywords": (
+        lambda s, x: F.linear(input=x, bias=s.b, weight=s.w), {"w": W, "b": (4,)}, X),
     "linear, bias of one": (lambda s, x: F.linear(x, s.w, s.b), {"w": W, "b": (1,)}, X),
     "linear, bias from x": (lambda s, x: F.linear(x, s.w, x.sum(1)[:1].expand(4)), {"w": W}, X),
     "linear of a view": (lambda s, x: F.linear(x, s.w.view(4, 6)), {"w": (24,)}, X),
     "linear of 1-D": (lambda s, x: F.linear(x, s.w, s.b), {"w": W, "b": (4,)}, (6,)),
     "linear of 4-D": (lambda s, x: F.linear(x, s.w), {"w": W}, (2, 1, 3, 6)),
-    "linear, cast": (lambda s, x: F.linear(x, s.w.to(x.dtype), s.b.to(x.dtype)), {"w": W, "b": (4,)}, X),
+    "linear, cast": (
+        lambda s, x: F.linear(x, s.w.to(x.dtype), s.b.to(x.dtype)), {"w": W, "b": (4,)}, X),
     "@": (lambda s, x: x @ s.w, {"w": (6, 4)}, X),
     "@ of 1-D": (lambda s, x: x @ s.w, {"w": (6, 4)}, (6,)),
     "@ t": (lambda s, x: x @ s.w.t(), {"w": W}, X),
@@ -67,13 +69,15 @@ SPELLINGS = {
     "select": (lambda s, x: F.linear(x, s.w.select(0, 1)), {"w": (3, 4, 6)}, X),
     "index": (lambda s, x: F.linear(x, s.w[1]), {"w": (3, 4, 6)}, X),
     "slice": (lambda s, x: x @ s.w[:, 1:5], {"w": (6, 9)}, X),
-    "unbind": (lambda s, x: F.linear(F.linear(x, s.w.unbind()[0]), s.w.unbind()[1]), {"w": (2, 6, 6)}, X),
+    "unbind": (
+        lambda s, x: F.linear(F.linear(x, s.w.unbind()[0]), s.w.unbind()[1]), {"w": (2, 6, 6)}, X),
     "masked": (lambda s, x: F.linear(x, s.w * s.mask), {"w": W, "mask": W}, X),
     "einsum": (lambda s, x: torch.einsum("ni,oi->no", x, s.w), {"w": W}, X),
     "einsum, spaces": (lambda s, x: torch.einsum(" n i , o i -> n o ", x, s.w), {"w": W}, X),
     "einsum, weight first": (lambda s, x: torch.einsum("io,ni->no", s.w, x), {"w": (6, 4)}, X),
     "einsum, list": (lambda s, x: torch.einsum("ni,io->no", [x, s.w]), {"w": (6, 4)}, X),
-    "einsum, to heads": (lambda s, x: torch.einsum("bti,ihd->bhtd", x, s.w), {"w": (6, 2, 4)}, (2, 3, 6)),
+    "einsum, to heads": (
+        lambda s, x: torch.einsum("bti,ihd->bhtd", x, s.w), {"w": (6, 2, 4)}, (2, 3, 6)),
     "einsum, from heads": (
         lambda s, x: torch.einsum("bhtd,hdo->bto", x, s.w), {"w": (2, 5, 4)}, (3, 2, 7, 5)),
     "einsum, interleaved": (
@@ -83,29 +87,42 @@ SPELLINGS = {
         lambda s, x: torch.einsum("...it,iop->...pto", x, s.w), {"w": (6, 4, 2)}, (2, 3, 6, 5)),
     "einsum, ... of nothing": (lambda s, x: torch.einsum("...i,oi->...o", x, s.w), {"w": W}, (6,)),
     "einsum, a vector": (lambda s, x: torch.einsum("ni,i->n", x, s.v), {"v": (6,)}, X),
-    "einsum, batch only in x": (lambda s, x: torch.einsum("bni,oi->bon", x, s.w), {"w": W}, (2, 3, 6)),
+    "einsum, batch only in x": (
+        lambda s, x: torch.einsum("bni,oi->bon", x, s.w), {"w": W}, (2, 3, 6)),
     "conv1d": (lambda s, x: F.conv1d(x, s.w, s.b, 2), {"w": (4, 2, 3), "b": (4,)}, (2, 2, 9)),
-    "conv1d, tuples": (lambda s, x: F.conv1d(x, s.w, stride=(2,), padding=(1,)), {"w": (4, 2, 3)}, (2, 2, 9)),
-    "conv1d same, odd": (lambda s, x: F.conv1d(x, s.w, padding="same"), {"w": (4, 2, 3)}, (2, 2, 9)),
-    "conv1d same, even": (lambda s, x: F.conv1d(x, s.w, padding="same"), {"w": (4, 2, 4)}, (2, 2, 9)),
+    "conv1d, tuples": (
+        lambda s, x: F.conv1d(x, s.w, stride=(2,), padding=(1,)), {"w": (4, 2, 3)}, (2, 2, 9)),
+    "conv1d same, odd": (
+        lambda s, x: F.conv1d(x, s.w, padding="same"), {"w": (4, 2, 3)}, (2, 2, 9)),
+    "conv1d same, even": (
+        lambda s, x: F.conv1d(x, s.w, padding="same"), {"w": (4, 2, 4)}, (2, 2, 9)),
     "conv1d valid": (lambda s, x: F.conv1d(x, s.w, padding="valid"), {"w": (4, 2, 4)}, (2, 2, 9)),
     "conv1d without batch": (lambda s, x: F.conv1d(x, s.w), {"w": (4, 2, 3)}, (2, 9)),
     "torch.conv1d": (lambda s, x: torch.conv1d(x, s.w), {"w": (4, 2, 3)}, (2, 2, 9)),
     "conv2d": (
-        lambda s, x: F.conv2d(x, s.w, dilation=2, padding=(0, 1)), {"w": (4, 2, 3, 2)}, (2, 2, 6, 5)),
+        lambda s, x: F.conv2d(x, s.w, dilation=2, padding=(0, 1)), {"w": (4, 2, 3, 2)},
+        (2, 2, 6, 5)),
     "conv2d, all by keyword": (
-        lambda s, x: F.conv2d(input=x, weight=s.w, bias=s.b, stride=1, padding=1, dilation=1, groups=2),
+        lambda s, x: F.conv2d(
+            input=x, weight=s.w, bias=s.b, stride=1, padding=1, dilation=1, groups=2),
         {"w": (4, 1, 3, 2), "b": (4,)}, (2, 2, 6, 5)),
     "conv2d same, even and dilated": (
-        lambda s, x: F.conv2d(x, s.w, padding="same", dilation=(1, 3)), {"w": (4, 2, 4, 2)}, (2, 2, 6, 5)),
-    "torch.conv2d same": (lambda s, x: torch.conv2d(x, s.w, padding="same"), {"w": (4, 2, 2, 3)}, (1, 2, 4, 4)),
-    "conv2d of a view": (lambda s, x: F.conv2d(x, s.w[..., None, None]), {"w": (4, 2)}, (2, 2, 3, 3)),
+        lambda s, x: F.conv2d(x, s.w, padding="same", dilation=(1, 3)), {"w": (4, 2, 4, 2)},
+        (2, 2, 6, 5)),
+    "torch.conv2d same": (
+        lambda s, x: torch.conv2d(x, s.w, padding="same"), {"w": (4, 2, 2, 3)}, (1, 2, 4, 4)),
+    "conv2d of a view": (
+        lambda s, x: F.conv2d(x, s.w[..., None, None]), {"w": (4, 2)}, (2, 2, 3, 3)),
     "conv3d": (lambda s, x: F.conv3d(x, s.w, groups=2), {"w": (4, 1, 2, 1, 2)}, (2, 2, 3, 3, 3)),
-    "torch.conv3d same": (lambda s, x: torch.conv3d(x, s.w, padding="same"), {"w": (2, 2, 2, 3, 1)}, (1, 2, 3, 3, 3)),
+    "torch.conv3d same": (
+        lambda s, x: torch.conv3d(x, s.w, padding="same"), {"w": (2, 2, 2, 3, 1)}, (1, 2, 3, 3, 3)),
 }  # fmt: skip
 
 # Even kernels with padding="same" make torch's own convolution pad a second time, and say so.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def made(name):
@@ -180,32 +197,56 @@ def test_a_transposed_weight_is_not_transposed_again():
 REFUSED = {
     # name: (forward, shapes of the parameters, shape of the input, kind, part of the reason)
     "3-D weight": (lambda s, x: x @ s.w, {"w": (2, 6, 4)}, (2, 3, 6), "matmul", "3 dimensions"),
-    "3-D weight on the left": (lambda s, x: s.w @ x, {"w": (2, 4, 3)}, (2, 3, 6), "matmul", "3 dimensions"),
+    "3-D weight on the left": (
+        lambda s, x: s.w @ x, {"w": (2, 4, 3)}, (2, 3, 6), "matmul", "3 dimensions"),
     "vector": (lambda s, x: x @ s.v, {"v": (6,)}, X, "matmul", "1 dimensions"),
     "linear of a vector": (lambda s, x: F.linear(x, s.v), {"v": (6,)}, X, "linear", "1 dimensions"),
-    "only the bias": (lambda s, x: F.linear(x, x, s.b), {"b": (3,)}, X, "linear", "the weight is not"),
+    "only the bias": (
+        lambda s, x: F.linear(x, x, s.b), {"b": (3,)}, X, "linear", "the weight is not"),
     "bmm": (lambda s, x: torch.bmm(x, s.w), {"w": (2, 6, 4)}, (2, 3, 6), "bmm", "no tile"),
     ".bmm": (lambda s, x: x.bmm(s.w), {"w": (2, 6, 4)}, (2, 3, 6), "bmm", "no tile"),
-    "baddbmm": (lambda s, x: torch.baddbmm(s.b, x, s.w), {"w": (2, 6, 4), "b": (1, 1, 4)}, (2, 3, 6), "baddbmm", "no tile"),
+    "baddbmm": (
+        lambda s, x: torch.baddbmm(s.b, x, s.w), {"w": (2, 6, 4), "b": (1, 1, 4)}, (2, 3, 6),
+        "baddbmm", "no tile"),
     "mv": (lambda s, x: torch.mv(s.w, x), {"w": W}, (6,), "mv", "no tile"),
     "dot": (lambda s, x: torch.dot(x, s.v), {"v": (6,)}, (6,), "dot", "no tile"),
     "inner": (lambda s, x: torch.inner(x, s.w), {"w": W}, X, "inner", "no tile"),
-    "tensordot": (lambda s, x: torch.tensordot(x, s.w, 1), {"w": (6, 4)}, X, "tensordot", "no tile"),
+    "tensordot": (
+        lambda s, x: torch.tensordot(x, s.w, 1), {"w": (6, 4)}, X, "tensordot", "no tile"),
     "bilinear": (lambda s, x: F.bilinear(x, x, s.w), {"w": (4, 6, 6)}, X, "bilinear", "no tile"),
-    "conv_transpose": (lambda s, x: F.conv_transpose1d(x, s.w), {"w": (2, 4, 3)}, (1, 2, 5), "conv_transpose1d", "no tile"),
-    "addmm on the left": (lambda s, x: torch.addmm(s.b, s.w, x), {"w": (4, 3), "b": (6,)}, X, "addmm", "on the left"),
-    "kernel is an activation": (lambda s, x: F.conv1d(x, x[:, :, :1], s.b), {"b": (2,)}, (2, 2, 5), "conv1d", "kernel is not"),
-    "cut by the input": (lambda s, x: F.linear(x, s.w[: x.shape[0]]), {"w": W}, X, "linear", "input's shape"),
-    "cut, then transposed": (lambda s, x: x @ s.w[: x.size(0) + 1].t(), {"w": W}, X, "matmul", "input's shape"),
-    "einsum of three": (lambda s, x: torch.einsum("ni,oi,n->no", x, s.w, x[:, 0]), {"w": W}, X, "einsum", "two operands"),
-    "einsum, sublists": (lambda s, x: torch.einsum(x, [0, 1], s.w, [2, 1], [0, 2]), {"w": W}, X, "einsum", "string"),
-    "einsum, implicit": (lambda s, x: torch.einsum("ni,oi", x, s.w), {"w": W}, X, "einsum", "implicit"),
-    "einsum, batch": (lambda s, x: torch.einsum("bni,bio->bno", x, s.w), {"w": (2, 6, 4)}, (2, 3, 6), "einsum", "batch axis"),
-    "einsum, diagonal": (lambda s, x: torch.einsum("nii,oi->no", x, s.w), {"w": (4, 3)}, (2, 3, 3), "einsum", "twice"),
-    "einsum, outer": (lambda s, x: torch.einsum("ni,o->nio", x, s.v), {"v": (4,)}, X, "einsum", "contraction"),
-    "einsum, summed": (lambda s, x: torch.einsum("ni,oi->n", x, s.w), {"w": W}, X, "einsum", "contraction"),
-    "einsum, ... in the weight": (lambda s, x: torch.einsum("ni,...i->n...", x, s.w), {"w": W}, X, "einsum", "..."),
-    "einsum, ... inside": (lambda s, x: torch.einsum("n...i,oi->n...o", x, s.w), {"w": W}, (2, 3, 6), "einsum", "..."),
+    "conv_transpose": (
+        lambda s, x: F.conv_transpose1d(x, s.w), {"w": (2, 4, 3)}, (1, 2, 5), "conv_transpose1d",
+        "no tile"),
+    "addmm on the left": (
+        lambda s, x: torch.addmm(s.b, s.w, x), {"w": (4, 3), "b": (6,)}, X, "addmm", "on the left"),
+    "kernel is an activation": (
+        lambda s, x: F.conv1d(x, x[:, :, :1], s.b), {"b": (2,)}, (2, 2, 5), "conv1d",
+        "kernel is not"),
+    "cut by the input": (
+        lambda s, x: F.linear(x, s.w[: x.shape[0]]), {"w": W}, X, "linear", "input's shape"),
+    "cut, then transposed": (
+        lambda s, x: x @ s.w[: x.size(0) + 1].t(), {"w": W}, X, "matmul", "input's shape"),
+    "einsum of three": (
+        lambda s, x: torch.einsum("ni,oi,n->no", x, s.w, x[:, 0]), {"w": W}, X, "einsum",
+        "two operands"),
+    "einsum, sublists": (
+        lambda s, x: torch.einsum(x, [0, 1], s.w, [2, 1], [0, 2]), {"w": W}, X, "einsum", "string"),
+    "einsum, implicit": (
+        lambda s, x: torch.einsum("ni,oi", x, s.w), {"w": W}, X, "einsum", "implicit"),
+    "einsum, batch": (
+        lambda s, x: torch.einsum("bni,bio->bno", x, s.w), {"w": (2, 6, 4)}, (2, 3, 6), "einsum",
+        "batch axis"),
+    "einsum, diagonal": (
+        lambda s, x: torch.einsum("nii,oi->no", x, s.w), {"w": (4, 3)}, (2, 3, 3), "einsum",
+        "twice"),
+    "einsum, outer": (
+        lambda s, x: torch.einsum("ni,o->nio", x, s.v), {"v": (4,)}, X, "einsum", "contraction"),
+    "einsum, summed": (
+        lambda s, x: torch.einsum("ni,oi->n", x, s.w), {"w": W}, X, "einsum", "contraction"),
+    "einsum, ... in the weight": (
+        lambda s, x: torch.einsum("ni,...i->n...", x, s.w), {"w": W}, X, "einsum", "..."),
+    "einsum, ... inside": (
+        lambda s, x: torch.einsum("n...i,oi->n...o", x, s.w), {"w": W}, (2, 3, 6), "einsum", "..."),
 }  # fmt: skip
 
 

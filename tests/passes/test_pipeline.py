@@ -1,16 +1,34 @@
 import pytest
 import torch
-from samples import CONFIGS, EVERYTHING, IDENTITY, TILES, after, captured, layer_and_input, merged, product
+from samples import (
+    CONFIGS,
+    EVERYTHING,
+    IDENTITY,
+    TILES,
+    after,
+    captured,
+    layer_and_input,
+    merged,
+    product,
+)
 
 from analogfx.config import resolve
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = pipeline.EXPLICIT + pipeline.FUSED
 
 
 def test_the_order_is_the_documented_one():
-    assert [step.__name__ for step in ALL] == ["normalize", "select", "insert", "map_tiles", "lower"]
+    assert [step.__name__ for step in ALL] == [
+        "normalize",
+        "select",
+        "insert",
+        "map_tiles",
+        "lower",
+    ]
 
 
 def test_after_is_called_with_every_pass_and_its_count():

@@ -67,7 +67,7 @@ def names(*parameters):
             x = F.linear(x, getattr(self, name))
         return x
 
-    _, context = selected(product(forward, **{n: (4, 4) for n in parameters}), IDENTITY)
+    _, context = selected(product(forward, **dict.fromkeys(parameters, (4, 4))), IDENTITY)
     return [site.state.prefix for site in context.sites]
 
 
@@ -117,9 +117,11 @@ REFUSED = {
     # name: (forward, shapes, config, part of the reason)
     "no elements": (lambda s, x: F.linear(x, s.w), {"w": (0, 4)}, IDENTITY, "no elements"),
     "written in place": (written, {"w": (3, 4)}, IDENTITY, "in place"),
-    "clip of a computed weight": (lambda s, x: F.linear(x, s.w * 2), {"w": (3, 4)}, GAUSSIAN, "computed"),
+    "clip of a computed weight": (
+        lambda s, x: F.linear(x, s.w * 2), {"w": (3, 4)}, GAUSSIAN, "computed"),
     "clip of a masked weight": (
-        lambda s, x: F.linear(x, s.w * s.mask), {"w": (3, 4), "mask": (3, 4)}, GAUSSIAN, "computed"),
+        lambda s, x: F.linear(x, s.w * s.mask), {"w": (3, 4), "mask": (3, 4)}, GAUSSIAN,
+        "computed"),
 }  # fmt: skip
 
 
