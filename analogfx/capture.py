@@ -22,7 +22,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.proxy import ParameterProxy, Proxy
 
 from analogfx.errors import CaptureError
-from analogfx.passes.contract import mark_stationary
+from analogfx.passes.stationary import mark_stationary
 
 Pattern = tuple[tuple[str, Any], ...]
 """Arguments of a forward that are not tensors, by name: a graph is traced for their values."""

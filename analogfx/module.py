@@ -34,7 +34,8 @@ from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
 from analogfx.errors import CaptureError
 from analogfx.kernels import reference as ref
 from analogfx.passes import pipeline
-from analogfx.passes.contract import Context, Decision, Site, StateNames, without_cast
+from analogfx.passes.contract import Context, Decision, Site, StateNames
+from analogfx.passes.stationary import without_cast
 
 _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
@@ -280,7 +281,8 @@ class AnalogModule(nn.Module):
         return f"{own}{', ' if own else ''}tiles={', '.join(grids)}"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        placement, before = self.__dict__.get("_analog"), self.__dict__.get(name)
+        placement = self.__dict__.get("_analog")
+        before: Any = self.__dict__.get(name)
         super().__setattr__(name, value)
         # What a forward reads of its module is part of its graphs.
         plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")

@@ -2,12 +2,12 @@
 
 A pass is a function ``(graph, context) -> int``: it rewrites an ``fx.Graph`` in place and returns
 how many sites it changed. It may rely on what earlier passes of the pipeline left behind, and it
-keeps three promises that the pipeline and the tests check: the graph stays well formed, it
+keeps three promises that the tests check: the graph stays well formed, it
 computes what it computed before (up to the analog effects that ``insert`` adds on purpose), and a
 second run changes nothing.
 
 Whoever captured the graph (an analogized module, a compiler, an exporter) marks the nodes that
-bring parameters and buffers in, by :func:`mark_stationary`; that is all a pass knows of it.
+bring parameters and buffers in, see ``stationary.py``; that is all a pass knows of it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
+from analogfx.passes.stationary import weight_value
 
 
 class Refused(Exception):
@@ -114,118 +113,6 @@ def split_sizes(size: int, limit: int) -> list[int]:
     count = math.ceil(size / limit) if limit > 0 and size > 0 else 1
     base, extra = divmod(size, count)
     return [base + (i < extra) for i in range(count)]
-
-
-# ------------------------------------------------------------------- weight-stationary values
-
-
-def mark_stationary(node: Node, value: Any, parameter: str | None) -> None:
-    """Mark a node whose value does not depend on the model's inputs.
-
-    Args:
-        value: tensor on the meta device with the value's shape and dtype.
-        parameter: the name of the parameter that it reads, None for a buffer or a constant.
-    """
-    node.meta["stationary"] = value
-    node.meta["parameter"] = parameter
-
-
-def weight_value(node: Any) -> Tensor | None:
-    """The meta tensor of a node that is computed from parameters alone, else None."""
-    if isinstance(node, Node) and node.meta.get("parameter") is not None:
-        value = node.meta["stationary"]
-        return value if isinstance(value, Tensor) else None
-    return None
-
-
-_CASTS = {"to", "type_as", "type", "float", "double", "half", "bfloat16"}
-
-
-def without_cast(node: Node) -> Node:
-    """What a node casts to another dtype, or the node itself."""
-    while "cast_of" in node.meta:
-        node = node.meta["cast_of"]
-    return node
-
-
-def sources(value: Node) -> list[Node]:
-    """The nodes that a weight is computed by, in order, itself included; casts left out."""
-    found: dict[Node, None] = {}
-    pending = [value]
-    while pending:
-        node = without_cast(pending.pop())
-        if node not in found:
-            found[node] = None
-            pending.extend(node.all_input_nodes)
-    return sorted(found)
-
-
-def _writes(node: Node) -> bool:
-    """Whether a call changes its input in place."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-def _describes(node: Node) -> bool:
-    """Whether a node's value is a shape, dtype or device, or computed from such.
-
-    To be asked in the graph's order.
-    """
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return node.op == "call_function" and all(n.meta["describes"] for n in node.all_input_nodes)
-
-
-def propagate_stationary(graph: Graph) -> None:
-    """Mark every node that is computed from marked nodes alone, with its shape.
-
-    A weight that is cast to whatever dtype the input has counts, too. A call that writes to a
-    weight is not marked, so that it stays where it is; ``meta["written"]`` notes it on the weight.
-    What is cut from a weight by the input's shape is no weight of a tile; ``meta["cut_from"]``
-    notes the weight on it.
-    """
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        node.meta["describes"] = _describes(node)
-        if (
-            "stationary" in node.meta
-            or node.op not in ("call_function", "call_method")
-            or not inputs
-        ):
-            continue
-        if _writes(node):
-            written = node.kwargs.get("out", node.args[0] if node.args else None)
-            if weight_value(written) is not None:
-                for source in sources(written):
-                    source.meta["written"] = True
-            continue
-        cast = node.target in _CASTS and weight_value(node.args[0]) is not None
-        if not all("stationary" in n.meta for n in inputs):
-            if cast:  # to what an input of the model is
-                node.meta["cast_of"], meta = node.args[0], node.args[0].meta
-                mark_stationary(node, meta["stationary"], meta["parameter"])
-                continue
-            weights = [n.meta.get("cut_from", n) for n in inputs if not n.meta["describes"]]
-            if len(weights) == 1 and weight_value(weights[0]) is not None:
-                node.meta["cut_from"] = weights[0]
-            continue
-        args, kwargs = torch.fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: n.meta["stationary"]
-        )
-        try:
-            if node.op == "call_function":
-                value = node.target(*args, **kwargs)
-            else:
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        except Exception:  # whatever it is, it is not a weight that we can reason about
-            continue
-        names = [n.meta["parameter"] for n in inputs if n.meta["parameter"] is not None]
-        mark_stationary(node, value, names[0] if names else None)
-        if cast and value.is_floating_point():
-            node.meta["cast_of"] = node.args[0]
 
 
 def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:

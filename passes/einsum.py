@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from analogfx.passes.contract import Refused, linear_node, weight_value
+from analogfx.passes.contract import Refused, linear_node
+from analogfx.passes.stationary import weight_value
 
 
 def normalize_einsum(

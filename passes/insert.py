@@ -18,8 +18,9 @@ from analogfx import ops
 from analogfx.config import Resolved
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
-from analogfx.passes.contract import Context, Site, weight_value
+from analogfx.passes.contract import Context, Site
 from analogfx.passes.normalize import CONVOLUTIONS
+from analogfx.passes.stationary import weight_value
 
 dialect = torch.ops.analogfx
 

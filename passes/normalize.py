@@ -17,16 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from analogfx.passes.contract import (
-    Context,
-    Refused,
-    linear_node,
-    propagate_stationary,
-    refuse,
-    sweep,
-    weight_value,
-)
+from analogfx.passes.contract import Context, Refused, linear_node, refuse, sweep
 from analogfx.passes.einsum import normalize_einsum
+from analogfx.passes.stationary import propagate_stationary, weight_value
 
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _CONVOLUTION_ALIASES: dict[Any, Any] = {

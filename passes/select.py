@@ -10,17 +10,9 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
-from analogfx.passes.contract import (
-    Context,
-    Decision,
-    Site,
-    StateNames,
-    refuse,
-    sources,
-    split_sizes,
-    weight_value,
-)
+from analogfx.passes.contract import Context, Decision, Site, StateNames, refuse, split_sizes
 from analogfx.passes.normalize import CONVOLUTIONS
+from analogfx.passes.stationary import sources, weight_value
 
 # Ops that only rename a parameter's elements: what they give can be written back.
 _VIEWS = {

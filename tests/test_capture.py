@@ -15,7 +15,7 @@ from analogfx.capture import (
     takes_constants,
 )
 from analogfx.errors import CaptureError
-from analogfx.passes.contract import weight_value
+from analogfx.passes.stationary import weight_value
 
 X = torch.randn(3, 6, dtype=torch.float64)
 
