@@ -2,7 +2,13 @@ import pytest
 import torch.nn.functional as F
 from samples import captured, product, targets
 
-from analogfx.passes.stationary import propagate_stationary, weight_value
+from analogfx.passes.contract import sweep
+from analogfx.passes.stationary import (
+    propagate_stationary,
+    sources,
+    weight_value,
+    without_cast,
+)
 
 
 def marked(forward, **shapes):
@@ -52,8 +58,8 @@ def test_a_cast_to_the_inputs_dtype_stays_a_weight(cast):
     (linear,) = (n for n in graph.nodes if n.target is F.linear)
     weight = linear.args[1]
     assert weight_value(weight).shape == (4, 5)
-    assert contract.without_cast(weight) is weights["w"]
-    assert contract.sources(weight) == [weights["w"]]
+    assert without_cast(weight) is weights["w"]
+    assert sources(weight) == [weights["w"]]
 
 
 def test_a_write_to_a_weight_is_noted_and_stays_in_the_graph():
@@ -64,7 +70,7 @@ def test_a_write_to_a_weight_is_noted_and_stays_in_the_graph():
 
     graph, weights = marked(forward, w=(4, 5), calls=(), buffers=("calls",))
     assert weights["w"].meta["written"]
-    contract.sweep(graph)
+    sweep(graph)
     assert targets(graph)["mul_"] == targets(graph)["add_"] == 1
 
 
