@@ -17,6 +17,7 @@ from analogfx.config import (
     WeightQuantizationType,
 )
 from analogfx.evaluation import programmed
+from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
 from analogfx.trace import trace
 from analogfx.training import clip_after_step, clip_weights, quantize_weights
@@ -39,7 +40,9 @@ __all__ = [
     "clip_after_step",
     "clip_weights",
     "errors",
+    "export_onnx",
     "load",
+    "load_onnx_sites",
     "programmed",
     "quantize_weights",
     "recipes",

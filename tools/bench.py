@@ -36,7 +36,7 @@ import analogfx
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "tools" / "bench_rows.jsonl"
 PAGE = ROOT / "docs" / "benchmark.md"
-PARITY = "tests/test_parity_linear.py"
+PARITY = tuple(f"tests/test_parity_{of}.py" for of in ("linear", "conv", "training"))
 
 BEGIN, END = "<!-- python tools/bench.py --table -->", "<!-- end -->"
 
@@ -481,11 +481,11 @@ def with_tables(page: str, text: str) -> str:
 # --------------------------------------------------------------------------------------- main
 
 
-def require_parity(tests: str = PARITY) -> None:
+def require_parity(*tests: str) -> None:
     """Refuse to go on unless analogfx computes what Lightning computes."""
-    command = [sys.executable, "-m", "pytest", "-q", tests]
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
     if subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit(f"bench: {tests} is red; the speed of wrong numbers is not measured")
+        sys.exit(f"bench: {', '.join(tests)} red; the speed of wrong numbers is not measured")
 
 
 def bench(device: str, suite: Suite, path: Path) -> list[Row]:
@@ -508,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = tables(latest_rows(ROWS, args.device), suite)
         PAGE.write_text(with_tables(PAGE.read_text(), text))
     else:
-        require_parity()
+        require_parity(*PARITY)
         print(tables(bench(args.device, suite, ROWS), suite))
 
 

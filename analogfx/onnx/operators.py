@@ -9,7 +9,6 @@ each op.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +39,12 @@ def _quantize(w: Writer, x: ir.Value, step: ir.Value, dtype: ir.DataType) -> ir.
     return w.op("Mul", w.op("Round", w.op("Div", x, divisor)), step)
 
 
-def _clamp(w: Writer, x: ir.Value, bound: ir.Value, scalar: bool) -> ir.Value:
+def _clamp(
+    w: Writer, x: ir.Value, bound: ir.Value, dtype: ir.DataType, scalar: bool = True
+) -> ir.Value:
     """``x`` within +-bound. Clip is one pass where Max and Min are two, but takes scalars only."""
     low = w.op("Neg", bound)
-    if scalar:
+    if scalar and dtype == ir.DataType.FLOAT:  # ONNX Runtime fails on Relu, Clip of doubles
         return w.op("Clip", x, low, bound)
     return w.op("Min", w.op("Max", x, low), bound)
 
@@ -83,7 +84,7 @@ class DAC:
         x, r = inputs
         assert x is not None and r is not None
         if self.clamp:
-            x = _clamp(w, x, r, scalar=True)
+            x = _clamp(w, x, r, self.dtype)
         if not self.inp_res:
             return x
         return _quantize(w, x, _step(w, r, self.inp_res, self.dtype), self.dtype)
@@ -106,17 +107,23 @@ class ADC:
         return {"out_bound": self.out_bound, "out_res": self.out_res}
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
-        """``clamp(round(y / step) * step, +-B)``, ``B = r out_bound a``, ``step = 2 B / out_res``."""
+        """``clamp(round(y / step) * step, +-B)``, ``B = r out_bound a``, ``step = 2 B / res``."""
         y, r, a = inputs
-        assert y is not None and r is not None
-        bound = w.op("Mul", w.op("Mul", r, w.scalar(self.out_bound, self.dtype)), a)
+        assert y is not None and r is not None and a is not None
+        bound = self.bound(w, r, a)
         if self.out_res:
-            step = _step(w, bound, self.out_res, self.dtype)
-            # A row of zero weights has bound 0: a step of 1 lets the clamp make it 0.
-            one, zero = w.scalar(1.0, self.dtype), w.scalar(0.0, self.dtype)
-            step = w.op("Where", w.op("Equal", step, zero), one, step)
-            y = _quantize(w, y, step, self.dtype)
-        return _clamp(w, y, bound, self.scalar)
+            y = _quantize(w, y, self.step(w, bound), self.dtype)
+        return _clamp(w, y, bound, self.dtype, self.scalar)
+
+    def bound(self, w: Writer, r: ir.Value, a: ir.Value) -> ir.Value:
+        """Largest output that the converter can show."""
+        return w.op("Mul", w.op("Mul", r, w.scalar(self.out_bound, self.dtype)), a)
+
+    def step(self, w: Writer, bound: ir.Value) -> ir.Value:
+        """Width of the grid. A row of zero weights has bound 0: 1 lets the clamp make it 0."""
+        step = _step(w, bound, self.out_res, self.dtype)
+        one, zero = w.scalar(1.0, self.dtype), w.scalar(0.0, self.dtype)
+        return w.op("Where", w.op("Equal", step, zero), one, step)
 
 
 @dataclass(frozen=True)
@@ -260,35 +267,32 @@ class _Site:
         """The DAC's codes as uint8 around 128, and its step."""
         step = _step(w, r, self.spec.inp_res, self.dtype)
         divisor = w.op("Max", step, w.scalar(_tiny(self.dtype), self.dtype))
-        clamped = _clamp(w, x, r, scalar=True)
+        clamped = _clamp(w, x, r, self.dtype)
         return w.op("QuantizeLinear", clamped, divisor, self.zero_point(w)), step
 
     def zero_point(self, w: Writer) -> ir.Value:
         """The code of 0. Unsigned, because runtimes on x86 are fast for that alone."""
         return w.op("Constant", value=ir.tensor(np.array(_CODES + 1, np.uint8)))
 
-    def rescaled(
-        self, w: Writer, count: ir.Value, step: ir.Value, scale: ir.Value
-    ) -> ir.Value:
-        """An integer product in units of the data."""
-        return w.op("Mul", w.op("Cast", count, to=self.dtype), w.op("Mul", step, scale))
+    def fits_integers(self) -> bool:
+        """Whether the product of the DAC's codes with the weight's fits 8-bit kernels."""
+        static = self.spec.range_mode in ("static", "fast")
+        exact = self.dtype == ir.DataType.FLOAT and self.seeds is None
+        return exact and static and self.codes and _is_8_bit(self.spec.inp_res)
 
 
-def fits_integers(spec: MVMSpec, codes: bool, data: ir.DataType) -> bool:
-    """Whether a site's product can be one of 8-bit codes."""
-    levels = spec.inp_res if spec.inp_res > 1 else (1 / spec.inp_res if spec.inp_res else math.inf)
-    return (
-        codes
-        and data != ir.DataType.DOUBLE
-        and spec.range_mode in ("static", "fast")
-        and spec.groups == 1
-        and levels <= 2 * _CODES
-    )
+def _is_8_bit(res: float) -> bool:
+    """Whether a converter's codes stay within +-127."""
+    return bool(res) and max(res, 1 / res) <= 2 * _CODES
 
 
 @dataclass(frozen=True)
 class AnalogLinear(_Site):
     """A matrix-vector product on tiles: ``sum_t ADC(DAC(x_t) w_t^T) + bias``."""
+
+    def fits_integers(self) -> bool:
+        """As for every site; the integer product has no groups."""
+        return super().fits_integers() and self.spec.groups == 1
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Tile by tile, then the digital sum and the bias."""
@@ -368,11 +372,9 @@ class AnalogLinear(_Site):
         x, step = self.input_codes(w, x, r)
         matrix = w.op("Transpose", codes, perm=[1, 0])
         count = w.op("MatMulInteger", x, matrix, self.zero_point(w))
-        return self.rescaled(w, count, step, scale)
+        return w.op("Mul", w.op("Cast", count, to=self.dtype), w.op("Mul", step, scale))
 
-    def _output_draws(
-        self, w: Writer, products: list[ir.Value]
-    ) -> Sequence[ir.Value | None]:
+    def _output_draws(self, w: Writer, products: list[ir.Value]) -> Sequence[ir.Value | None]:
         """Independent noise for every tile's product, from one generator."""
         if self.seeds is None or not self.spec.out_noise:
             return [None] * len(products)
@@ -431,12 +433,12 @@ class AnalogConv(_Site):
         image = (-1, *[1] * len(self.window.stride))
         x = self.wide(w, x)
         if self.integer:
-            y = self._integer_product(w, x, r, weight, scale, image)
+            y = self._integer_output(w, x, r, weight, scale, peak)
         else:
             kernel = self._kernel(w, weight, scale, peak)
             y = w.op("Conv", self.converted(w, x, r), kernel, **self._geometry())
-        draw = self.draw(w, y, self.seeds.output if self.seeds else 0.0, self.spec.out_noise)
-        y = self.output(w, y, draw, r, peak, image)
+            draw = self.draw(w, y, self.seeds.output if self.seeds else 0.0, self.spec.out_noise)
+            y = self.output(w, y, draw, r, peak, image)
         if bias is not None:
             y = w.op("Add", y, w.op("Reshape", self.wide(w, bias), w.ints(*image)))
         return self.narrow(w, y)
@@ -457,17 +459,40 @@ class AnalogConv(_Site):
         noisy = self.noisy_weight(w, matrix, draw, peak)
         return w.op("Reshape", noisy, w.op("Shape", weight))
 
-    def _integer_product(
+    def fits_integers(self) -> bool:
+        """As for every site, and the ADC's codes fit too: they are what the kernel returns."""
+        s = self.spec
+        return super().fits_integers() and bool(s.out_bound) and _is_8_bit(s.out_res)
+
+    def _integer_output(
         self,
         w: Writer,
         x: ir.Value,
         r: ir.Value | None,
         codes: ir.Value,
         scale: ir.Value | None,
-        image: tuple[int, ...],
+        peak: ir.Value | None,
     ) -> ir.Value:
-        assert r is not None and scale is not None
-        x, step = self.input_codes(w, x, r)
-        kernel = w.op("Cast", codes, to=ir.DataType.INT8)
-        count = w.op("ConvInteger", x, kernel, self.zero_point(w), **self._geometry())
-        return self.rescaled(w, count, step, w.op("Reshape", scale, w.ints(*image)))
+        """One integer kernel from the DAC's codes to the ADC's.
+
+        The kernel's output has one scale; so the channels' ADC steps go into the weights' scales.
+        """
+        s = self.spec
+        assert r is not None and scale is not None and peak is not None
+        a, scalar = self.scale(w, peak, s.bound_per_channel)
+        adc = ADC(s.out_bound, s.out_res, scalar, self.dtype)
+        bound = adc.bound(w, r, a)
+        step = w.op("Expand", adc.step(w, bound), w.op("Shape", scale))
+        x, x_step = self.input_codes(w, x, r)
+        zero, int8_zero = self.zero_point(w), ir.tensor(np.array(0, np.int8))
+        y = w.op(
+            "QLinearConv",
+            *(x, x_step, zero),
+            *(w.op("Cast", codes, to=ir.DataType.INT8), w.op("Div", scale, step)),
+            *(w.op("Constant", value=int8_zero), w.scalar(1.0, self.dtype), zero),
+            **self._geometry(),
+        )
+        y = w.op("DequantizeLinear", y, step, w.op("Expand", zero, w.op("Shape", scale)), axis=1)
+        if not scalar:
+            bound = w.op("Reshape", bound, w.ints(-1, *[1] * len(self.window.stride)))
+        return _clamp(w, y, bound, self.dtype, scalar)  # a code of -128 is beyond the bound

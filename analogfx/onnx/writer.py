@@ -7,7 +7,7 @@ itself. Which of the two, for which op, is all that the levels of an export diff
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,17 +18,21 @@ DOMAIN = "ai.analogfx"
 VERSION = 1
 
 
-class Operator(Hashable, Protocol):
-    """An op of domain ``ai.analogfx``; equal ones share a function."""
+class Operator(Protocol):
+    """An op of domain ``ai.analogfx``: a frozen dataclass; equal ones share a function."""
 
-    inputs: tuple[str, ...]
-    """Names of the inputs, in order."""
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        ...
 
     def attributes(self) -> dict[str, Any]:
         """What a node of this op says about itself; the body is written for these values."""
+        ...
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Write the op's meaning and return its output. Optional inputs may be None."""
+        ...
 
 
 class Writer:
@@ -55,7 +59,7 @@ class Writer:
         self.tape = Tape()
 
     def _name(self, op_type: str) -> str:
-        return f"{self.scope}/{op_type}_{len(self.tape.nodes)}" if self.scope else op_type
+        return f"{self.scope or 'node'}/{op_type}_{len(self.tape.nodes)}"
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """A node of a standard op with one output."""

@@ -230,5 +230,5 @@ def test_nothing_is_measured_when_parity_is_red(tmp_path, green):
     if green:
         bench.require_parity(str(tests))
     else:
-        with pytest.raises(SystemExit, match="is red"):
+        with pytest.raises(SystemExit, match="red; the speed"):
             bench.require_parity(str(tests))

@@ -1,0 +1,229 @@
+"""What a chip is programmed with at one site, and how a file says so."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from analogfx.config import resolve
+from analogfx.kernels import reference as ref
+from analogfx.kernels.spec import MVMSpec
+from analogfx.onnx.capture import SiteCall
+
+SCHEMA = 1
+"""Version of the site records in a file's metadata."""
+
+_INT4 = 21
+"""First opset with 4-bit integers."""
+
+_INT4_MAX, _INT8_MAX = 7, 127
+"""Largest codes; the grid is symmetric."""
+
+
+@dataclass(frozen=True)
+class Programmed:
+    """The constants of one site. The weight is computed when it is written, not before."""
+
+    name: str
+    call: SiteCall
+    spec: MVMSpec
+    """Hashable, without what only training reads; with noise strengths if they are asked for."""
+    weight: ir.TensorProtocol | None
+    """Codes, or weights that the config changes; None where they are a parameter as it is."""
+    codes: bool
+    scale: Tensor | None
+    """(k, O) float32 steps of the codes."""
+    maxima: Tensor | None
+    """(k, O) float32 largest weight of each row of each tile; None where nothing reads it."""
+
+
+def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
+    """The constants of one site, from its module's present weights.
+
+    Args:
+        opset: 4-bit codes need 21; below it they are stored in 8 bits.
+        noise: keep the strengths of the config's training noise.
+    """
+    spec = _spec(call, noise)
+    codes = _code_type(spec.weight_states, opset)
+    reads_max = bool(spec.out_bound or spec.noise_std or spec.out_noise)
+    peaks = _peaks(call, spec) if codes is not None or reads_max else None
+    return Programmed(
+        name=name,
+        call=call,
+        spec=spec,
+        weight=_weight(call, spec, codes),
+        codes=codes is not None,
+        scale=None if codes is None or peaks is None else _scale(peaks, spec),
+        maxima=peaks if reads_max else None,
+    )
+
+
+def weight_of(call: SiteCall) -> Tensor:
+    """The stored weight as the op takes it: (O, I), or torch's layout for AnalogConv."""
+    weight = call.site.weight(call.module).detach()
+    return weight.flatten(1) if call.window is None else weight
+
+
+def _clip_of(call: SiteCall) -> Tensor | None:
+    clip = getattr(call.module, call.site.state.clip, None)
+    return None if clip is None else clip.detach()
+
+
+def _spec(call: SiteCall, noise: bool) -> MVMSpec:
+    spec = call.spec
+    config = resolve(call.module._analog.config)
+    return spec._replace(
+        in_sizes=tuple(spec.in_sizes),  # type: ignore[arg-type]
+        out_sizes=tuple(spec.out_sizes),  # type: ignore[arg-type]
+        decay=0.0,
+        input_min_percentage=0.0,
+        noise_std=config.noise_std if noise else 0.0,
+        noise_per_channel=config.noise_per_channel,
+        out_noise=config.out_noise / math.sqrt(len(spec.in_sizes)) if noise else 0.0,
+        out_noise_per_channel=config.out_noise_per_channel,
+    )
+
+
+def _code_type(states: float, opset: int) -> ir.DataType | None:
+    """The smallest type that holds every code; None for weights that stay floats."""
+    largest = round(states / 2)
+    if not states or largest > _INT8_MAX:
+        return None
+    return ir.DataType.INT4 if largest <= _INT4_MAX and opset >= _INT4 else ir.DataType.INT8
+
+
+# ------------------------------------------------------------------------ computing constants
+
+_dialect = torch.ops.analogfx
+
+
+def _tiles(call: SiteCall, spec: MVMSpec) -> tuple[Tensor, ...]:
+    """The stored weights of every tile, (O, I_t); rows of all groups side by side."""
+    return weight_of(call).flatten(1).split(list(spec.in_sizes), dim=1)
+
+
+@torch.no_grad()
+def _peaks(call: SiteCall, spec: MVMSpec) -> Tensor:
+    """Largest weight, or learned clip, of every row of every tile, (k, O)."""
+    clip = _clip_of(call)
+    if clip is not None:
+        return ref.wide(clip).abs()
+    return torch.stack([_dialect.row_max(tile) for tile in _tiles(call, spec)])
+
+
+def _bounds(peaks: Tensor, spec: MVMSpec) -> Tensor:
+    """What the codes of every row span, (k, O)."""
+    if spec.weight_per_channel:
+        return peaks
+    return torch.stack([_dialect.tile_max(row, list(spec.out_sizes)) for row in peaks])
+
+
+def _scale(peaks: Tensor, spec: MVMSpec) -> Tensor:
+    """Steps of the codes, (k, O), as ``reference.quantize_weight`` takes them."""
+    step = 2 * (_bounds(peaks, spec) / spec.weight_states)
+    return torch.where(step == 0, 1.0, step)
+
+
+@torch.no_grad()
+def _modified(call: SiteCall, spec: MVMSpec) -> Tensor:
+    """The weights as the tiles hold them, (O, I), in the precision of the computation."""
+    clip, states, tiles = _clip_of(call), spec.weight_states, _tiles(call, spec)
+    if clip is not None:
+        held = [_dialect.clip_weight(*pair, states) for pair in zip(tiles, clip, strict=True)]
+    else:
+        bounds = _bounds(_peaks(call, spec), spec)
+        held = [_dialect.quantize_weight(*pair, states) for pair in zip(tiles, bounds, strict=True)]
+    return torch.cat(held, dim=1)
+
+
+@torch.no_grad()
+def _codes(call: SiteCall, spec: MVMSpec) -> Tensor:
+    """The weights in units of their steps, (O, I) int8."""
+    held = _modified(call, spec).split(list(spec.in_sizes), dim=1)
+    steps = _scale(_peaks(call, spec), spec).unsqueeze(-1)
+    codes = [tile / step for tile, step in zip(held, steps, strict=True)]
+    return torch.cat(codes, dim=1).round_().to(torch.int8)
+
+
+def _weight(call: SiteCall, spec: MVMSpec, codes: ir.DataType | None) -> ir.TensorProtocol | None:
+    """A weight that is computed when it is written; None for a parameter as it is."""
+    raw = weight_of(call)
+    dtype = _onnx_type(raw)
+
+    def compute() -> ir.TensorProtocol:
+        if codes is None:
+            changed = _modified(call, spec) if modified else weight_of(call)
+            return TorchTensor(changed.reshape(raw.shape).contiguous())
+        array = _codes(call, spec).reshape(raw.shape).cpu().numpy()
+        return ir.Tensor(array.astype(codes.numpy()), dtype=codes)
+
+    modified = bool(spec.weight_states) or _clip_of(call) is not None
+    if codes is not None:
+        dtype = codes
+    elif modified:
+        dtype = _onnx_type(ref.wide(raw.new_empty(0)))
+    elif _is_parameter(call):
+        return None
+    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(raw.shape))
+
+
+def _is_parameter(call: SiteCall) -> bool:
+    """Whether the product reads an initializer of the graph as it is."""
+    value = call.node.inputs[1]
+    return value is not None and value.is_initializer()
+
+
+def _onnx_type(t: Tensor) -> ir.DataType:
+    return TorchTensor(t.new_empty(0)).dtype
+
+
+# ------------------------------------------------------------------------------------ records
+
+
+def record(site: Programmed, inputs: dict[str, str], nodes: list[str]) -> dict[str, Any]:
+    """A site as plain data for the file's metadata.
+
+    Args:
+        inputs: names of the initializers that hold its constants, by input of the op.
+        nodes: names of the nodes that compute it.
+    """
+    spec, window = site.spec, site.call.window
+    return {
+        "name": site.name,
+        "module": site.call.path,
+        "op": "AnalogLinear" if window is None else "AnalogConv",
+        "parameter": site.call.site.name,
+        "weight_shape": list(weight_of(site.call).shape),
+        "tiles": _tile_map(spec),
+        "spec": {k: getattr(spec, k) for k in spec._fields if k not in _TRAINING},
+        "window": None if window is None else window._asdict(),
+        "initializers": inputs,
+        "nodes": nodes,
+    }
+
+
+_TRAINING = {"decay", "input_min_percentage", "keep"}
+
+
+def _tile_map(spec: MVMSpec) -> list[dict[str, Any]]:
+    """Every tile's place in the grid and its slice of the weight matrix (outputs, inputs)."""
+    rows, columns = (_spans(sizes) for sizes in (spec.in_sizes, spec.out_sizes))
+    return [
+        {"row": row, "column": column, "inputs": inputs, "outputs": outputs}
+        for column, outputs in enumerate(columns)
+        for row, inputs in enumerate(rows)
+    ]
+
+
+def _spans(sizes: Sequence[int]) -> list[list[int]]:
+    ends = list(itertools.accumulate(sizes))
+    return [[end - size, end] for end, size in zip(ends, sizes, strict=True)]

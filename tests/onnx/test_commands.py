@@ -1,0 +1,82 @@
+import argparse
+import sys
+
+import onnx
+import onnx_cases as cases
+import pytest
+import torch
+import transformers
+
+import analogfx
+from analogfx import cli
+from analogfx.errors import OnnxError
+from analogfx.onnx import commands
+
+
+def call(*arguments):
+    parser = argparse.ArgumentParser()
+    commands.add(parser.add_subparsers())
+    parsed = parser.parse_args([str(a) for a in arguments])
+    parsed.run(parsed)
+
+
+def test_the_shell_command_has_both(tmp_path, capsys):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    assert cli.main(["inspect", str(path)]) == 2
+    assert "analogfx: error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    assert "--checkpoint" in capsys.readouterr().out
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    analog = cases.analog(cases.mlp, cases.CONFIGS["int4"], torch.randn(4, 12))
+    analogfx.save(analog, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_export_and_inspect(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "factory", cases)
+    out = tmp_path / "model.onnx"
+    call("export", "--model", "factory:mlp", "--checkpoint", checkpoint, "--input", "1,12",
+         "--out", out, "--level", "explicit", "--opset", 21)  # fmt: skip
+    written = capsys.readouterr().out
+    assert "2 sites on 2 tiles, level explicit" in written
+    call("inspect", out)
+    assert capsys.readouterr().out.strip() in written
+    shape = onnx.load(out).graph.input[0].type.tensor_type.shape.dim
+    assert shape[0].dim_param
+    assert shape[1].dim_value == 12
+
+
+def test_a_transformers_folder_needs_no_factory(tmp_path, capsys):
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    analog = analogfx.analogize(transformers.LlamaForCausalLM(config), analogfx.recipes.afm())
+    folder = tmp_path / "llama"
+    analogfx.save(analog, folder)
+    config.save_pretrained(folder)
+    call("export", "--checkpoint", folder, "--input", "i:1,6", "--out", tmp_path / "m.onnx")
+    assert "8 sites on 8 tiles" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_made(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "factory", cases)
+    rest = ("--checkpoint", checkpoint, "--input", "1,12", "--out", tmp_path / "m.onnx")
+    with pytest.raises(OnnxError, match="name the model with --model"):
+        call("export", *rest)
+    with pytest.raises(OnnxError, match="No module named 'absent'"):
+        call("export", "--model", "absent:make", *rest)
+    with pytest.raises(OnnxError, match=r"returned a TorchInferenceRPUConfig, not an nn\.Module"):
+        call("export", "--model", "factory:config", *rest)
+
+
+@pytest.mark.parametrize("shape", ["", "1,x", "0,3", "f:1,3"])
+def test_shapes_that_are_none(shape, capsys):
+    with pytest.raises(SystemExit):
+        call("export", "--checkpoint", "c", "--out", "m", "--input", shape)
+    assert "expected sizes such as 1,3,32,32" in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""What ONNX export costs, and what its files cost: ``python tools/bench_onnx.py [SUITE ...]``.
+
+Suites: ``sizes`` (bytes of a file by weight bits), ``latency`` (ONNX Runtime on the CPU, every
+level beside the digital model's export), ``memory`` (time and peak memory of an export by model
+size), ``matrix`` (every config, transformers model and level, exported and verified: no figures,
+but too slow for CI). One row a figure is appended to ``tools/bench_onnx_rows.jsonl``.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import analogfx
+from analogfx import TorchInferenceRPUConfig, WeightQuantizationType
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "tools" / "bench_onnx_rows.jsonl"
+PACKAGES = ("analogfx", "torch", "onnx", "onnxscript", "onnxruntime", "transformers")
+LEVELS = ("fused", "explicit", "standard", "qdq")
+REPEATS = 30
+
+Row = dict[str, Any]
+
+# ------------------------------------------------------------------------------------- models
+
+
+def config(states: float = 0.0) -> TorchInferenceRPUConfig:
+    """The recipe of the Analog Foundation Models, with weights of so many states."""
+    made = analogfx.recipes.afm()
+    if states:
+        made.modifier.quantization_type = WeightQuantizationType.DISCRETIZE_PER_CHANNEL
+        made.modifier.res = states
+    return made
+
+
+def llama(width: int, layers: int, vocabulary: int = 32000) -> nn.Module:
+    """A Llama from a config, with random weights."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=max(width // 256, 1),
+            use_cache=False,
+        )
+    ).eval()
+
+
+def resnet() -> nn.Module:
+    """ResNet-18 from a config, with random weights."""
+    return transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"
+        )
+    ).eval()
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    """Token ids that every model here knows."""
+    return torch.randint(0, 1000, (batch, length))
+
+
+def calibrated(model: nn.Module, rpu_config: TorchInferenceRPUConfig, x: Tensor) -> nn.Module:
+    """The analog model with ranges from one batch."""
+    analog = analogfx.analogize(model, rpu_config)
+    with torch.no_grad():
+        analog.train()(x)
+    return analog.eval()
+
+
+# ------------------------------------------------------------------------------------- suites
+
+
+def sizes(folder: Path) -> Iterator[Row]:
+    """Bytes of one model's file by the bits of its weights."""
+    torch.manual_seed(0)
+    model, x = llama(256, 4, vocabulary=1000), tokens(2, 16)
+    for name, states in (("float32", 0), ("int8", 254), ("int4", 14)):
+        path = folder / f"{name}.onnx"
+        analogfx.export_onnx(calibrated(model, config(states), x), (x,), path, opset=21)
+        parameters = sum(p.numel() for p in model.parameters())
+        yield {"suite": "sizes", "weights": name, "bytes": path.stat().st_size,
+               "parameters": parameters}  # fmt: skip
+
+
+def latency(folder: Path) -> Iterator[Row]:
+    """ONNX Runtime on every level and on the digital model, in turns."""
+    torch.manual_seed(0)
+    cases: dict[str, tuple[nn.Module, Tensor]] = {
+        "Llama, 4 layers of 512, 128 tokens": (llama(512, 4, vocabulary=1000), tokens(1, 128)),
+        "ResNet-18, 1 image of 224": (resnet(), torch.randn(1, 3, 224, 224)),
+    }
+    for name, (model, x) in cases.items():
+        digital = folder / "digital.onnx"
+        torch.onnx.export(model, (x,), digital, dynamo=True, verbose=False, external_data=False)
+        analog = calibrated(model, config(254), x)
+        for level in LEVELS:
+            analogfx.export_onnx(analog, (x,), folder / f"{level}.onnx", level=level)
+        sessions = {arm: _session(folder / f"{arm}.onnx") for arm in ("digital", *LEVELS)}
+        times = _race(sessions, x)
+        for arm, samples in times.items():
+            low, *_, high = statistics.quantiles(samples, n=5)
+            median = statistics.median(samples)
+            yield {
+                "suite": "latency",
+                "model": name,
+                "arm": arm,
+                "ms": round(1e3 * median, 3),
+                "p20": round(1e3 * low, 3),
+                "p80": round(1e3 * high, 3),
+                "over_digital": round(median / statistics.median(times["digital"]), 3),
+            }
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options)
+
+
+def _race(sessions: dict[str, onnxruntime.InferenceSession], x: Tensor) -> dict[str, list[float]]:
+    """Seconds of every call; the arms take turns in an order drawn anew for each round."""
+    times: dict[str, list[float]] = {arm: [] for arm in sessions}
+    for turn in tqdm(range(REPEATS + 3), desc="latency", leave=False, mininterval=5):
+        for arm in random.sample(list(sessions), len(sessions)):
+            session = sessions[arm]
+            feed = {session.get_inputs()[0].name: x.numpy()}
+            start = time.perf_counter()
+            session.run(None, feed)
+            if turn >= 3:
+                times[arm].append(time.perf_counter() - start)
+    return times
+
+
+def memory(folder: Path) -> Iterator[Row]:
+    """Time and peak memory of exports, each in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    for (width, layers), verify in itertools.product(
+        ((1024, 4), (1024, 16), (2048, 14)), (False, True)
+    ):
+        with context.Pool(1) as pool:
+            yield pool.apply(_export_once, (folder, width, layers, verify))
+
+
+def _export_once(folder: Path, width: int, layers: int, verify: bool) -> Row:
+    analog = analogfx.analogize(llama(width, layers), config(), inplace=True).eval()
+    weights = sum(p.numel() * p.element_size() for p in analog.parameters())
+    before, start = _resident(), time.perf_counter()
+    with _Peak() as peak:
+        path = folder / "large.onnx"
+        analogfx.export_onnx(analog, (tokens(2, 8),), path, verify=verify)
+    return {
+        "suite": "memory",
+        "parameters": sum(p.numel() for p in analog.parameters()),
+        "weight_bytes": weights,
+        "verify": verify,
+        "seconds": round(time.perf_counter() - start, 1),
+        "extra_bytes": peak.bytes - before,
+        "extra_over_weights": round((peak.bytes - before) / weights, 3),
+    }
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Peak:
+    """Watches the memory of this process from another thread."""
+
+    def __enter__(self) -> "_Peak":
+        self.bytes = _resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.bytes = max(self.bytes, _resident())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def matrix(folder: Path) -> Iterator[Row]:
+    """Every config of the tests on every transformers model at every level, verified."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from onnx_cases import CONFIGS, TRANSFORMERS, analog, example
+
+    cases = list(itertools.product(TRANSFORMERS, CONFIGS, LEVELS))
+    for name, rpu_config, level in tqdm(cases, desc="matrix"):
+        x = example(name)
+        model = analog(TRANSFORMERS[name], CONFIGS[rpu_config], x)
+        analogfx.export_onnx(model, (x,), folder / "model.onnx", level=level)
+    yield {"suite": "matrix", "exported_and_verified": len(cases)}
+
+
+SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "sizes": sizes,
+    "latency": latency,
+    "memory": memory,
+    "matrix": matrix,
+}
+
+
+def main() -> None:
+    """Run the suites asked for and append what they find."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="*", default=list(SUITES), metavar="SUITE")
+    machine = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    for name in parser.parse_args().suites:
+        with tempfile.TemporaryDirectory() as folder, ROWS.open("a") as rows:
+            for row in SUITES[name](Path(folder)):
+                print(row, flush=True)
+                rows.write(json.dumps({**row, **machine}) + "\n")
+                rows.flush()
+
+
+if __name__ == "__main__":
+    main()
