@@ -16,18 +16,9 @@ from analogfx.capture import default_pattern, forward_of, mentions_product, read
 from analogfx.choose import Chosen, choose
 from analogfx.config import Resolved
 from analogfx.errors import CaptureError
-from analogfx.module import (
-    AnalogModule,
-    Placement,
-    Program,
-    build,
-    check_same_sites,
-    close_fast_paths,
-    open_fast_paths,
-    swap,
-    unswap,
-)
+from analogfx.module import AnalogModule, close_fast_paths, open_fast_paths, swap, unswap
 from analogfx.passes.contract import Decision
+from analogfx.program import Placement, Program, build, check_same_sites
 from analogfx.report import Report, SiteReport, check_strict
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

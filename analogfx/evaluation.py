@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from analogfx.kernels import noise
-from analogfx.module import (
-    AnalogModule,
-    AnalogSite,
-    analog_sites,
-    parameter_of,
-    row_maxima,
-    store_weight,
-)
+from analogfx.module import AnalogModule, analog_sites, parameter_of, row_maxima, store_weight
+from analogfx.program import AnalogSite
 
 
 @contextmanager

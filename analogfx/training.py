@@ -12,14 +12,8 @@ from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
-from analogfx.module import (
-    AnalogModule,
-    AnalogSite,
-    analog_sites,
-    is_view,
-    sites,
-    store_weight,
-)
+from analogfx.module import AnalogModule, analog_sites, is_view, sites, store_weight
+from analogfx.program import AnalogSite
 
 
 def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:

@@ -19,7 +19,8 @@ from torch import nn
 
 import analogfx
 from analogfx.errors import CaptureError
-from analogfx.module import AnalogModule, analog_class, explicit_level, row_maxima, sites
+from analogfx.module import AnalogModule, analog_class, row_maxima, sites
+from analogfx.program import explicit_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_map
 from analogfx.errors import OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
-from analogfx.module import AnalogModule, AnalogSite
+from analogfx.module import AnalogModule
 from analogfx.onnx.writer import DOMAIN, VERSION
+from analogfx.program import AnalogSite
 
 
 @dataclass(frozen=True)

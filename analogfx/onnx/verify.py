@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from analogfx.errors import OnnxError
-from analogfx.module import explicit_level
+from analogfx.program import explicit_level
 
 ERROR = {
     torch.float64: 1e-7,  # torch's exporter keeps some constants of digital ops in float32
