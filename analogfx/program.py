@@ -177,11 +177,6 @@ class Placement:
         """The module's analog products."""
         return next(iter(self.programs.values())).sites
 
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        """What was decided about every product of the module."""
-        return next(iter(self.programs.values())).decisions
-
     def state_names(self) -> list[str]:
         """Names of everything that the sites may have registered on the module."""
         return [name for site in self.sites for name in site.state.all()]
