@@ -21,6 +21,8 @@ from analogfx.errors import CaptureError
 from analogfx.kernels import reference as ref
 from analogfx.program import AnalogSite, Placement
 
+_ABSENT = object()
+
 
 class AnalogModule(nn.Module):
     """Mixin in front of a module's own class; never made by itself."""
@@ -36,7 +38,7 @@ class AnalogModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         placement = self.__dict__.get("_analog")
-        before: Any = self.__dict__.get(name)
+        before: Any = self.__dict__.get(name, _ABSENT)
         super().__setattr__(name, value)
         # What a forward reads of its module is part of its graphs.
         plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")
@@ -44,7 +46,10 @@ class AnalogModule(nn.Module):
             try:
                 placement.change(self, placement.config)
             except CaptureError:
-                super().__setattr__(name, before)
+                if before is _ABSENT:
+                    super().__delattr__(name)
+                else:
+                    super().__setattr__(name, before)
                 raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogModule:
