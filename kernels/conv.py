@@ -44,7 +44,8 @@ def clipped_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> l
     return out_shape(x, weight, window) if spec.keep and spec.out_bound else [0]
 
 
-def _convolve(x: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
+    """torch's convolution without a bias, for any number of axes."""
     zeros = [0] * len(window.stride)
     return torch.convolution(
         x, weight, None, window.stride, window.padding, window.dilation, False, zeros, groups
@@ -99,7 +100,7 @@ def forward(
     dims = x.dim() - 2
     r = None if input_range is None else input_range[0]
     modified, peak = _analog_weight(weight, clip, seed, spec)
-    y = laid_out(_convolve(linear.converted(x, r, spec), modified, window, spec.groups), x)
+    y = laid_out(convolve(linear.converted(x, r, spec), modified, window, spec.groups), x)
     y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
     clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
     if bound is not None:
@@ -138,7 +139,7 @@ def backward(
     analog_x = linear.converted(x, r, spec)
     if spec.out_bound and g.numel():
         if not linear.is_kept(clipped):
-            y = _convolve(analog_x, modified, window, spec.groups)
+            y = convolve(analog_x, modified, window, spec.groups)
             y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
             assert bound is not None
             clipped = y.abs() > bound

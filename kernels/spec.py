@@ -39,6 +39,10 @@ class MVMSpec(NamedTuple):
     bound_per_channel: bool = False
     keep: bool = False
     """Whether the forward keeps what the backward would otherwise compute again."""
+    nonnegative: bool = False
+    """Whether no input is below 0, so that a clamp has one side."""
+    activation: str = ""
+    """What follows the bias: "" for nothing, "relu", "gelu", "gelu_tanh" or "silu"."""
 
     @property
     def needs_max(self) -> bool:

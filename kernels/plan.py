@@ -1,0 +1,62 @@
+"""How the kernels compute a linear product: chosen by shape and config, here and nowhere else.
+
+Known without data and without triton, so that a report can say it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from analogfx.kernels.spec import MVMSpec
+
+FEW = 64
+"""Rows up to which a product is bound by reading the weights: decoding, not training."""
+
+REUSED = 4
+"""Blocks across from which a product's inputs are converted beforehand: each block across would
+convert them again in its prologue, and reading and writing them once costs no more than that."""
+
+EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float16: 2048, torch.float32: 2048}
+"""Integers up to which a dtype holds all of them; float32 may be multiplied as tf32."""
+
+
+def largest_code(inp_res: float) -> float:
+    """Magnitude of a DAC's largest code; 0 without a DAC."""
+    if not inp_res:
+        return 0.0
+    return inp_res / 2 if inp_res > 1 else 0.5 / inp_res
+
+
+def by_vendor(dtype: torch.dtype, spec: MVMSpec) -> bool:
+    """Whether torch.mm takes the forward product: nothing is left to do for a tile.
+
+    No hand-written product is faster then. In half precision the DAC's step is such a thing: as a
+    factor of an operand it would be rounded with it.
+    """
+    factor = spec.range_mode != "none" and spec.inp_res and dtype != torch.float32
+    return not (spec.out_noise or spec.out_bound or factor)
+
+
+def eight_bit(spec: MVMSpec) -> bool:
+    """Whether a product is one of 8-bit integers: at inference, without noise.
+
+    The sum of 2**17 products of codes fits int32.
+    """
+    noisy = spec.noise_std or spec.out_noise or spec.keep
+    weights = 0 < spec.weight_states <= 254
+    inputs = spec.range_mode != "none" and 0 < largest_code(spec.inp_res) <= EXACT[torch.int8]
+    return bool(weights and inputs and not noisy and max(spec.in_sizes) <= 1 << 17)
+
+
+def prepares(rows: int, across: int) -> bool:
+    """Whether inputs are converted before a product that has some blocks across."""
+    return across >= REUSED and rows > FEW
+
+
+def described(dtype: torch.dtype, spec: MVMSpec) -> str:
+    """The forward product of a site, for a report."""
+    if eight_bit(spec):
+        return "triton: int8"
+    if by_vendor(dtype, spec):
+        return "triton: prepared operands, torch.mm"
+    return "triton: fused"

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA: the same arithmetic as the torch modules above, fused."""

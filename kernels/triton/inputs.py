@@ -1,0 +1,112 @@
+"""Inputs behind the DAC, once for all blocks of outputs that read them.
+
+    q = round(clamp(x, +-r) / s), s = 2 r / n        |q| <= n/2: exact in bfloat16, float16, int8
+
+The range r is a factor outside the product, so half precision loses nothing to the DAC. A product
+can do this in its prologue, too; then each of its O / block columns of programs does it again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton import blocks
+from analogfx.kernels.triton.device import dac, rounded_to, tile_span
+from analogfx.kernels.triton.launch import Launch, blocks_of
+from analogfx.kernels.triton.weights import geometry, is_even, row_max_launch
+
+
+@triton.jit
+def convert_input(
+    p_x,
+    p_range,
+    p_out,
+    n_rows,
+    n_inputs,
+    size,
+    larger,
+    stride_xn,
+    stride_xi,
+    EVEN: tl.constexpr,
+    TILES: tl.constexpr,
+    RANGE: tl.constexpr,
+    INP_RES: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """One block of one tile's inputs, clamped and converted, into a contiguous (N, I)."""
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(2)
+    start, length = tile_span(tile, size, larger, EVEN)
+    o_column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    m_row = o_row < n_rows
+    m = m_row[:, None] & (o_column < length)[None, :]
+    o_input = (start + o_column).to(tl.int64)
+    at = o_row[:, None] * stride_xn + o_input[None, :] * stride_xi
+    x = tl.load(p_x + at, mask=m, other=0.0).to(tl.float32)
+    if RANGE == "dynamic":
+        r = tl.load(p_range + o_row * TILES + tile, mask=m_row, other=0.0)[:, None]
+    else:
+        r = tl.load(p_range + tile)
+    x = dac(x, r, RANGE, INP_RES, VALUES)
+    at = o_row[:, None] * n_inputs + o_input[None, :]
+    tl.store(p_out + at, rounded_to(x, p_out.dtype.element_ty), mask=m)
+
+
+def convert_launch(x: Tensor, ranges: Tensor, out: Tensor, values: bool, spec: MVMSpec) -> Launch:
+    """Convert x (N, I) into ``out``: contiguous, (N, I), of a dtype that holds the codes exactly.
+
+    Args:
+        ranges: (k,), or (N, k) where they are dynamic; float32.
+        values: write what the codes stand for, not the codes.
+    """
+    rows, inputs = x.shape
+    grid = (
+        blocks_of(rows, blocks.ROWS),
+        blocks_of(max(spec.in_sizes), blocks.COLUMNS),
+        len(spec.in_sizes),
+    )
+    return Launch(
+        convert_input,
+        grid,
+        {
+            "p_x": x,
+            "p_range": ranges,
+            "p_out": out,
+            "n_rows": rows,
+            "n_inputs": inputs,
+            **geometry(spec),
+            "stride_xn": x.stride(0),
+            "stride_xi": x.stride(1),
+        },
+        {
+            "EVEN": is_even(spec),
+            "TILES": len(spec.in_sizes),
+            "RANGE": "dynamic" if spec.range_mode == "dynamic" else "fixed",
+            "INP_RES": float(spec.inp_res),
+            "VALUES": values,
+            "BLOCK_ROWS": blocks.ROWS,
+            "BLOCK_COLUMNS": blocks.COLUMNS,
+        },
+    )
+
+
+def converted(x: Tensor, ranges: Tensor, dtype: torch.dtype, values: bool, spec: MVMSpec) -> Tensor:
+    """All tiles' inputs (N, I) behind the DAC, contiguous; see :func:`convert_launch`."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    convert_launch(x, ranges, out, values, spec).run()
+    return out
+
+
+def tile_ranges(x: Tensor, input_range: Tensor | None, spec: MVMSpec) -> Tensor | None:
+    """(k,) learned or measured ranges, (N, k) dynamic ones, None where there are none."""
+    if spec.range_mode != "dynamic":
+        return input_range
+    out = x.new_empty((x.shape[0], len(spec.in_sizes)), dtype=torch.float32)
+    row_max_launch(x, out.T, spec).run()
+    return out

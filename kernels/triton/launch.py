@@ -1,0 +1,42 @@
+"""One call of a kernel as data: it can be run, or compiled ahead of time without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """A kernel with its grid and every argument by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Tensor | int | None]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        """Queue the kernel on the current stream of its tensors' device; nothing for no program."""
+        if 0 in self.grid:
+            return
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        device = next(t.device for t in self.args.values() if isinstance(t, Tensor))
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # triton launches on the current device, not its args'
+                self.kernel[self.grid](**self.args, **self.constants, **options)
+        else:
+            self.kernel[self.grid](**self.args, **self.constants, **options)
+
+
+def is_interpreted(kernel: Callable[..., Any]) -> bool:
+    """Whether a kernel runs on the CPU, in Triton's interpreter."""
+    return type(kernel).__name__ == "InterpretedFunction"
+
+
+def blocks_of(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
