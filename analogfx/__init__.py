@@ -2,6 +2,8 @@
 
 from analogfx import errors, recipes
 from analogfx.api import analogize, to_digital
+from analogfx.backend.explain import explain
+from analogfx.backend.state import backend_state
 from analogfx.checkpoint import load, save
 from analogfx.config import (
     InputRangeParameter,
@@ -37,9 +39,11 @@ __all__ = [
     "WeightNoiseInjectionType",
     "WeightQuantizationType",
     "analogize",
+    "backend_state",
     "clip_after_step",
     "clip_weights",
     "errors",
+    "explain",
     "export_onnx",
     "load",
     "load_onnx_sites",

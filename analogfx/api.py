@@ -163,7 +163,7 @@ def _place(plan: _Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
         left = chosen.config is None and decision.status == "digital"
         plan.sites.append(_site_report(name, decision, several, chosen if left else None))
     if chosen.config is not None and train.sites:
-        placement = Placement(len(plan.placements), name, copy.deepcopy(chosen.config))
+        placement = Placement(name, copy.deepcopy(chosen.config))
         placement.adopt(module, train, evaluate)
         plan.placements[name] = placement
 

@@ -44,7 +44,7 @@ def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
     if isinstance(rpu_config, type):
         raise ConfigError([Conflict("rpu_config", rpu_config, f"{rpu_config.__name__}(), made")])
     modules = list(model.named_modules())
-    if isinstance(rpu_config, Mapping) and not _is_config(rpu_config):
+    if isinstance(rpu_config, Mapping) and not is_config(rpu_config):
         return _by_pattern(rpu_config, [name for name, _ in modules])
     if callable(rpu_config):
         return {name: _chosen(rpu_config(name, module), name) for name, module in modules}
@@ -62,7 +62,8 @@ def _chosen(config: Any, module: str, reason: str = "left digital by the config"
         raise ConfigError(error.conflicts, module) from None
 
 
-def _is_config(mapping: Mapping[Any, Any]) -> bool:
+def is_config(mapping: Mapping[Any, Any]) -> bool:
+    """Whether a mapping has a config's fields, and not patterns."""
     known = {"schema", *TorchInferenceRPUConfig.__dataclass_fields__}
     return bool(mapping) and set(mapping) <= known
 

@@ -86,7 +86,7 @@ class AnalogModule(nn.Module):
                     continue
                 key = prefix + name
                 if key in state_dict:
-                    state_dict[key] = _as_state(state_dict[key], current)
+                    state_dict[key] = as_state(state_dict[key], current)
                     continue
                 if current.is_meta or name == site.state.clip:
                     fresh.add(name)
@@ -113,7 +113,7 @@ def _finish_load(module: nn.Module, _: Any) -> None:
         reset_state(module, site, fresh)
 
 
-def _as_state(value: Tensor, current: Tensor) -> Tensor:
+def as_state(value: Tensor, current: Tensor) -> Tensor:
     """A loaded value in the state's own dtype; the reference counts in floats, up to -inf."""
     if not current.is_floating_point() and value.is_floating_point():
         closed = float(1 << 31)  # a calibrated range is not learned from data again

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.kernels import conv, linear, noise, statistics
+from analogfx.compiled import keep_in_order, keep_result, order_in_inductor
+from analogfx.kernels import conv, dispatch, linear, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
@@ -110,13 +111,21 @@ def _wide_like(x: Tensor, shape: Sequence[Any] | None = None) -> Tensor:
 
 # ------------------------------------------------------------------- randomness, statistics
 
+
+def _fake_seed(x: Tensor) -> Tensor:
+    order_in_inductor(torch.ops.analogfx.draw_seed.default)
+    return x.new_empty((), dtype=torch.int64)
+
+
 _define(
     "draw_seed",
-    "Tensor x, int module, int site",  # the arguments only keep like draws from being merged
+    "Tensor x",
     "Tensor",
-    lambda x, *_: noise.draw_seed(x.device),
-    lambda x, *_: x.new_empty((), dtype=torch.int64),
+    lambda x: noise.draw_seed(x.device),
+    _fake_seed,
 )
+keep_in_order(torch.ops.analogfx.draw_seed.default, _library)
+keep_result(torch.ops.analogfx.draw_seed.default, _library)
 
 _define(
     "normal_like",
@@ -135,9 +144,11 @@ _define(
     "int groups, int[] in_sizes, str window, int init_from_data, float init_std_alpha, "
     "float momentum",
     "(Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: statistics.update_range(*(*args[:8], _window(args[8]), *args[9:])),
+    lambda *args: dispatch.update_range(*(*args[:8], _window(args[8]), *args[9:])),
     lambda x, *state_and_rest: tuple(torch.empty_like(t) for t in state_and_rest[:4]),
 )
+
+keep_result(torch.ops.analogfx.update_range.default, _library)
 
 _define(
     "dynamic_range",
@@ -381,23 +392,24 @@ def _fake_gradients(
 
 
 def _fake_kept(
-    x: Tensor, weight: Tensor, out: Sequence[Any], clipped: Sequence[Any], spec: MVMSpec
+    x: Tensor, weight: Tensor, out: Sequence[Any], clipped: Sequence[Any], keeps_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stand-ins for what a fused op returns."""
-    kept = _wide_like(weight) if linear.keeps_weight(weight, spec) else weight.new_empty(0)
+    kept = _wide_like(weight) if keeps_weight else weight.new_empty(0)
     return x.new_empty(out), x.new_empty(clipped, dtype=torch.uint8), kept
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = decode(MVMSpec, rest[-1])
     out = (*x.shape[:-1], weight.shape[0])
-    return _fake_kept(x, weight, out, linear.clipped_shape(x, weight, spec), spec)
+    clipped = dispatch.clipped_shape(x, weight, spec)
+    return _fake_kept(x, weight, out, clipped, dispatch.keeps_weight(x, weight, spec))
 
 
 def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     window, spec = decode(Window, rest[-2]), decode(MVMSpec, rest[-1])
     shapes = conv.out_shape(x, weight, window), conv.clipped_shape(x, weight, window, spec)
-    y, clipped, kept = _fake_kept(x, weight, *shapes, spec)
+    y, clipped, kept = _fake_kept(x, weight, *shapes, linear.keeps_weight(weight, spec))
     return (
         conv.laid_out(y, x),
         conv.laid_out(clipped, x) if linear.is_kept(clipped) else clipped,
@@ -416,16 +428,17 @@ def _fake_conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) ->
 
 def _analog_linear(*args: Any) -> Any:
     *tensors, text = args
-    return linear.forward(*(*tensors, decode(MVMSpec, text)))
+    return dispatch.forward(*(*tensors, decode(MVMSpec, text)))
 
 
 def _analog_linear_backward(*args: Any) -> Any:
     *tensors, text = args
-    return linear.backward(*(*tensors, decode(MVMSpec, text)))
+    return dispatch.backward(*(*tensors, decode(MVMSpec, text)))
 
 
 def _analog_conv(*args: Any) -> Any:
     *tensors, window, text = args
+    dispatch.serves(dispatch.refused_convolution(tensors[0]))
     return conv.forward(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
 
 

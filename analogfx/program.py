@@ -161,10 +161,8 @@ def _key(pattern: Pattern) -> tuple[Any, ...]:
 class Placement:
     """What makes a module analog: its config, its sites and its programs."""
 
-    def __init__(self, number: int, name: str, config: TorchInferenceRPUConfig) -> None:
+    def __init__(self, name: str, config: TorchInferenceRPUConfig) -> None:
         """A placement without programs; see :meth:`prepare`."""
-        self.number = number
-        """Keeps like draws of different modules apart in a compiled graph."""
         self.name = name
         """The module's path, for messages."""
         self.config = config
@@ -239,9 +237,7 @@ class Placement:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
-        twin = Placement(
-            self.number, self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict())
-        )
+        twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
         twin.programs = dict(self.programs)
         twin.takes_constants = self.takes_constants
         return twin

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from analogfx.capture import mentions_product
 from analogfx.errors import PlacementError
 
 
@@ -76,19 +80,93 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass
+class _Compiled:
+    """What is known of a digital model that a compiler makes analog graph by graph."""
+
+    sites: dict[tuple[str, str, str], SiteReport] = field(default_factory=dict)
+    """By name, kind and pass: a graph that is compiled again says the same again."""
+    seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """The parameters that graphs contain."""
+
+    def report(self, model: nn.Module) -> Report:
+        """The products of all graphs so far, and those that none has contained."""
+        known = [*self.sites.values()]
+        several = Counter(site.name.rpartition(".")[0] for site in known)
+        named = [_at_module(s, several[s.name.rpartition(".")[0]] > 1) for s in known]
+        return Report((*named, *_unseen(model, self.seen)))
+
+
+_compiled: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
+
+
+def note_compiled(
+    model: nn.Module | None, sites: Iterable[SiteReport], parameters: Iterable[Tensor]
+) -> Report:
+    """Add what was decided about one graph of a compiled digital model, and return all so far.
+
+    Args:
+        model: None for a bare function, of which nothing is kept.
+        sites: products, by the paths of their parameters.
+        parameters: those that the graph contains.
+    """
+    if model is None:
+        return Report(tuple(sites))
+    known = _compiled.setdefault(model, _Compiled())
+    known.sites.update(((s.name, s.kind, s.decided_by), s) for s in sites)
+    known.seen.update((p, True) for p in parameters)
+    return known.report(model)
+
+
+def _at_module(site: SiteReport, several: bool) -> SiteReport:
+    """A site by the name that analogize() gives it: the module's, where it is the only one."""
+    module, _, parameter = site.name.rpartition(".")
+    return replace(site, name=module) if module and parameter == "weight" and not several else site
+
+
+def _unseen(model: nn.Module, seen: WeakTensorKeyDictionary) -> Iterator[SiteReport]:
+    """Matrices of modules that multiply, of which no graph has heard."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or parameter in seen or not _multiplies(module):
+                continue
+            yield SiteReport(
+                name=".".join(filter(None, (path, "" if name == "weight" else name))) or name,
+                kind=type(module).__name__,
+                weight_shape=tuple(parameter.shape),
+                tile_grid=(0, 0),
+                status="digital",
+                reason="in none of the graphs so far: not called, or left to run as it is",
+                decided_by="capture",
+            )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    home = type(module).__module__
+    if home.startswith("torch.nn.modules."):
+        return home not in _NO_PRODUCTS
+    return mentions_product(module)
+
+
+_NO_PRODUCTS = {f"torch.nn.modules.{name}" for name in ("sparse", "normalization", "batchnorm")}
+
+
 def report(analog: nn.Module) -> Report:
-    """The placement of an analogized model.
+    """The placement of an analogized model, or of a compiled one: of what has been compiled so far.
 
     Raises:
         PlacementError: the model was not analogized.
     """
-    placed = getattr(analog, "_analog_report", None)
-    if not isinstance(placed, Report):
-        raise PlacementError(
-            f"{type(analog).__name__} carries no placement: "
-            "pass what analogize() or load() returned"
-        )
-    return placed
+    model = getattr(analog, "_orig_mod", analog)
+    placed = getattr(model, "_analog_report", None)
+    if isinstance(placed, Report):
+        return placed
+    if isinstance(model, nn.Module) and model in _compiled:
+        return _compiled[model].report(model)
+    raise PlacementError(
+        f"{type(model).__name__} carries no placement: pass what analogize() or load() returned, "
+        'or a model of which torch.compile(backend="analogfx") has compiled something'
+    )
 
 
 def check_strict(placed: Report) -> None:

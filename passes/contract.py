@@ -91,16 +91,48 @@ class Site:
     """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Node = field(compare=False)
     """The canonical weight: (O, I) of a linear product, torch's layout of a convolution."""
+    product: Node = field(compare=False)
+    """The canonical product that the site replaces."""
+    config: Resolved = field(compare=False)
+    training: bool = field(compare=False)
 
 
 @dataclass
 class Context:
-    """What the passes over one graph share."""
+    """What the passes over one graph share, and what they ask whoever captured it.
+
+    This one answers for a module's own graph: one config and one mode for all, and state that is
+    an attribute of the module.
+    """
 
     config: Resolved | None
-    """The site's scalars; None leaves every product digital."""
+    """The sites' scalars; None leaves every product digital."""
     training: bool
+    gradients: bool = True
+    """Whether the graph may be asked for gradients."""
     sites: list[Site] = field(default_factory=list)
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    """(pass, node, reason) where a pass could have fired and did not."""
+
+    def config_of(self, product: Node) -> Resolved | None:
+        """The scalars of a canonical product; None leaves it digital."""
+        return self.config
+
+    def training_of(self, product: Node) -> bool:
+        """The mode that a canonical product's module is in."""
+        return self.training
+
+    def attribute(self, graph: Graph, site: Site, name: str) -> Any:
+        """What stands for an attribute of the site's module, at the insertion point."""
+        return graph.create_node("get_attr", name)
+
+    def same_value(self, first: Node, second: Node) -> bool:
+        """Whether two frozen nodes hold the same values."""
+        return first is second
+
+    def note(self, decided_by: str, node: Node, reason: str) -> None:
+        """Say why a pass left a node as it is."""
+        self.notes.append((decided_by, node.name, reason))
 
 
 def split_sizes(size: int, limit: int) -> list[int]:

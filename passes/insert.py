@@ -28,10 +28,11 @@ dialect = torch.ops.analogfx
 class Emitter:
     """Adds nodes for one site and notes on each which site it belongs to and its role."""
 
-    def __init__(self, graph: Graph, site: Site) -> None:
+    def __init__(self, graph: Graph, site: Site, context: Context) -> None:
         """Emit at the graph's present insertion point."""
         self.graph = graph
         self.site = site
+        self.context = context
 
     def _made(self, node: Node, role: str) -> Node:
         node.meta["made"] = (self.site.index, role)
@@ -45,9 +46,12 @@ class Emitter:
         """A call of a tensor method."""
         return self._made(self.graph.call_method(name, args), role)
 
-    def attribute(self, role: str, name: str) -> Node:
-        """An attribute of the module."""
-        return self._made(self.graph.create_node("get_attr", name), role)
+    def attribute(self, role: str, name: str) -> Any:
+        """An attribute of the module, as whoever captured the graph brings it in."""
+        value = self.context.attribute(self.graph, self.site, name)
+        # An input that holds state belongs to every site that shares it.
+        ours = isinstance(value, Node) and value.op == "get_attr"
+        return self._made(value, role) if ours else value
 
 
 def insert(graph: Graph, context: Context) -> int:
@@ -59,11 +63,10 @@ def insert(graph: Graph, context: Context) -> int:
     count = 0
     for node in list(graph.nodes):
         site = node.meta.get("site")
-        if site is None or context.config is None:
+        if site is None:
             continue
         with graph.inserting_before(node):
-            emit = Emitter(graph, site)
-            out = _site(emit, node, context.config, context.training)
+            out = _site(Emitter(graph, site, context), node)
         out.meta["decision"] = site.decision
         node.replace_all_uses_with(out)
         graph.erase_node(node)
@@ -71,7 +74,8 @@ def insert(graph: Graph, context: Context) -> int:
     return count
 
 
-def _site(emit: Emitter, product: Node, config: Resolved, training: bool) -> Node:
+def _site(emit: Emitter, product: Node) -> Node:
+    config, training = emit.site.config, emit.site.training
     x, weight, bias = product.args[:3]
     w = emit.call("weight", ops.autocast, weight)
     bias = None if bias is None else emit.call("bias", ops.autocast, bias)
@@ -150,8 +154,7 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
 def _seed(emit: Emitter, x: Node) -> Node:
     """The seed of this call's noise."""
     plain = emit.method("state", "detach", x)
-    module = emit.attribute("state", "_analog.number")
-    return emit.call("seed", dialect.draw_seed.default, plain, module, emit.site.index)
+    return emit.call("seed", dialect.draw_seed.default, plain)
 
 
 def _tile(

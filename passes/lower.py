@@ -28,21 +28,21 @@ def lower(graph: Graph, context: Context) -> int:
     Returns:
         The number of sites fused.
     """
-    return sum(_fuse(graph, site, context.training) for site in context.sites)
+    return sum(_fuse(graph, site, context) for site in context.sites)
 
 
-def _fuse(graph: Graph, site: Site, training: bool) -> bool:
+def _fuse(graph: Graph, site: Site, context: Context) -> bool:
     nodes = made_for(graph, site)
     if not _complete(site, nodes):
         return False
     out = next(n for n in reversed(nodes) if role(n) == "output")  # type_as(y, x)
     x: Any = out.args[1]
-    spec, window = _spec(site, nodes, training), _window(nodes)
+    spec, window = _spec(site, nodes), _window(nodes)
     state = (_first(nodes, "range"), _clip(nodes), _first(nodes, "seed"))
     operands = (_first(nodes, "weight"), _first(nodes, "bias"))
 
     with graph.inserting_before(out):
-        emit = Emitter(graph, site)
+        emit = Emitter(graph, site, context)
         if window is None:
             y = _linear(emit, x, *operands, state, spec)
         elif len(site.in_sizes) == 1 and spec.range_mode != "dynamic":
@@ -113,7 +113,10 @@ def _complete(site: Site, nodes: list[Node]) -> bool:
     """Whether nothing but this site stands between its input and its output."""
     if not any(role(n) == "mvm" for n in nodes):
         return False  # fused already, or taken apart
-    inside = set(nodes)
+    inside = {
+        *nodes,
+        *(n for n in nodes[0].graph.find_nodes(op="placeholder") if "state" in n.meta),
+    }
     for node in nodes:
         enters = role(node) in ("input", "weight", "bias") and node.target is ops.autocast
         if not enters and not inside.issuperset(node.all_input_nodes):
@@ -143,7 +146,7 @@ def _alike(nodes: list[Node]) -> bool:
     return all(look(node) == look(nodes[0]) for node in nodes)
 
 
-def _spec(site: Site, nodes: list[Node], training: bool) -> MVMSpec:
+def _spec(site: Site, nodes: list[Node]) -> MVMSpec:
     """The scalars of a chain; every tile's are those of the first."""
     dac, clip, quantize = (_first(nodes, r) for r in ("dac", "clip", "quantize"))
     noise, output, adc = (_first(nodes, r) for r in ("weight_noise", "output_noise", "adc"))
@@ -169,7 +172,7 @@ def _spec(site: Site, nodes: list[Node], training: bool) -> MVMSpec:
         "out_bound": adc.args[3] if adc else 0.0,
         "out_res": adc.args[4] if adc else 0.0,
         "bound_per_channel": _per_channel(adc, 1),
-        "keep": training,
+        "keep": site.training,
     }
     return MVMSpec(**scalars)
 

@@ -170,6 +170,7 @@ _DIGITAL: dict[Any, str] = {
     F.conv_transpose2d: "conv_transpose2d",
     F.conv_transpose3d: "conv_transpose3d",
     F.multi_head_attention_forward: "multi_head_attention",
+    torch._native_multi_head_attention: "multi_head_attention",
     "bmm": "bmm",
     "baddbmm": "baddbmm",
     "mv": "mv",
@@ -192,13 +193,15 @@ def normalize(graph: Graph, context: Context) -> int:
         if not (weights or cut) or {"stationary", "cut_from", "decision"} & node.meta.keys():
             continue  # no parameter in it, or nothing but parameters, or decided already
         if rule is None:
-            if node.op in ("call_function", "call_method") and node.target in _DIGITAL:
-                refuse(node, _DIGITAL[node.target], "no tile computes this product", "normalize")
+            name = _unmapped_product(node)
+            if name:
+                refuse(node, name, "no tile computes this product", "normalize")
             continue
         kind, rewrite = rule
         if not weights:
             refuse(node, kind, "the weight is cut by the input's shape", "normalize")
             continue
+        before = node.prev
         try:
             with graph.inserting_before(node):
                 new = _apply(rewrite, graph, node, kind)
@@ -208,6 +211,7 @@ def normalize(graph: Graph, context: Context) -> int:
         if new is None:
             node.meta.setdefault("kind", kind)
             continue
+        _keep_origin(node, before)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         count += 1
@@ -215,6 +219,25 @@ def normalize(graph: Graph, context: Context) -> int:
         propagate_stationary(graph)
         sweep(graph)
     return count
+
+
+def _unmapped_product(node: Node) -> str:
+    """The name of a product that no rule knows, empty for anything else."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = str(node.target).split(".")[1]
+    return _DIGITAL.get(node.target) or (name if "grouped_mm" in name else "")
+
+
+def _keep_origin(node: Node, before: Node) -> None:
+    """Note on what a rewrite put before a node which module the node came from."""
+    made = node.prev
+    while made is not before:
+        if "nn_module_stack" in node.meta:
+            made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+        made = made.prev
 
 
 _KEYWORDS = {"tensor1": "input", "mat2": "other", "self": "input"}

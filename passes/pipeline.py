@@ -7,11 +7,16 @@ from collections.abc import Callable
 from torch.fx import Graph
 
 from analogfx.passes.contract import Context, Decision
+from analogfx.passes.epilogue import epilogue
+from analogfx.passes.freeze import freeze
 from analogfx.passes.insert import insert
 from analogfx.passes.lower import lower
 from analogfx.passes.map_tiles import map_tiles
 from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
+from analogfx.passes.share_input import share_input
+from analogfx.passes.skip_conversion import skip_conversion
+from analogfx.passes.skip_identity import skip_identity
 
 Pass = Callable[[Graph, Context], int]
 
@@ -20,6 +25,10 @@ EXPLICIT: tuple[Pass, ...] = (normalize, select, insert, map_tiles)
 
 FUSED: tuple[Pass, ...] = (lower,)
 """From one node for every role to one op for every site."""
+
+
+WHOLE_GRAPH: tuple[Pass, ...] = (skip_identity, freeze, share_input, epilogue, skip_conversion)
+"""What only a whole model's graph allows, for a compiler."""
 
 
 def run(

@@ -24,7 +24,7 @@ _VIEWS = {
 
 def _is_view(node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op == "get_attr" or name in _VIEWS
+    return node.op in ("get_attr", "placeholder") or name in _VIEWS
 
 
 def _is_rearranged(weight: Node) -> bool:
@@ -68,22 +68,23 @@ def select(graph: Graph, context: Context) -> int:
     ]
     chosen = []
     for node in products:
-        objection = _objection(node.args[1], context.config)
+        objection = _objection(node.args[1], context.config_of(node))
         if objection is None:
             chosen.append(node)
         else:
             refuse(node, node.meta["kind"], objection, "select")
     states = _state_names([n.args[1].meta["parameter"] for n in chosen])
     for index, (node, state) in enumerate(zip(chosen, states, strict=True)):
-        assert context.config is not None
-        node.meta["site"] = _site(node, index, state, context.config)
+        node.meta["site"] = _site(node, index, state, context)
         context.sites.append(node.meta["site"])
     return len(chosen)
 
 
-def _site(node: Node, index: int, state: StateNames, config: Resolved) -> Site:
+def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
     arguments: tuple[Any, ...] = node.args
     weight: Node = arguments[1]
+    config = context.config_of(node)
+    assert config is not None
     value: torch.Tensor = weight.meta["stationary"]
     groups = arguments[6] if node.target in CONVOLUTIONS else 1
     in_sizes = split_sizes(math.prod(value.shape[1:]), config.max_input_size)
@@ -97,9 +98,19 @@ def _site(node: Node, index: int, state: StateNames, config: Resolved) -> Site:
         reason="",
         decided_by="select",
     )
-    rearranged = _is_rearranged(weight)
-    sizes = tuple(in_sizes), tuple(out_sizes)
-    return Site(decision, index, groups, *sizes, state, rearranged, weight)
+    return Site(
+        decision,
+        index,
+        groups,
+        tuple(in_sizes),
+        tuple(out_sizes),
+        state,
+        _is_rearranged(weight),
+        weight,
+        node,
+        config,
+        context.training_of(node),
+    )
 
 
 def _state_names(parameters: list[str]) -> list[StateNames]:

@@ -19,6 +19,10 @@ The notes on a node, in its ``meta``:
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -67,11 +71,35 @@ def sources(value: Node) -> list[Node]:
     return sorted(found)
 
 
-def _writes(node: Node) -> bool:
+_WRITING = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand,
+    operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+}  # fmt: skip
+
+
+def writes(node: Node) -> bool:
     """Whether a call changes its input in place."""
+    if node.target in _WRITING:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return in_place or _asked_in_place(node) or "out" in node.kwargs
+
+
+def _asked_in_place(node: Node) -> bool:
+    """Whether a function is told to work in place."""
+    place = _inplace_position(node.target) if isinstance(node.target, FunctionType) else None
+    by_position = place is not None and len(node.args) > place and bool(node.args[place])
+    return by_position or bool(node.kwargs.get("inplace"))
+
+
+@functools.cache
+def _inplace_position(function: FunctionType) -> int | None:
+    names = [*inspect.signature(function).parameters]
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _describes(node: Node) -> bool:
@@ -98,7 +126,7 @@ def propagate_stationary(graph: Graph) -> None:
         called = node.op in ("call_function", "call_method")
         if "stationary" in node.meta or not called or not inputs:
             continue
-        if _writes(node):
+        if writes(node):
             _note_write(node)
         elif all("stationary" in n.meta for n in inputs):
             _evaluate(node)

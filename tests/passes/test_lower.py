@@ -210,4 +210,4 @@ def test_seeds_are_drawn_from_the_input_once_for_each_site():
     module = product(lambda self, x: x @ self.a @ self.b, a=(4, 5), b=(5, 3))
     graph, _ = lowered(module, CONFIGS["weight noise"])
     seeds = [n for n in graph.nodes if n.target is dialect.draw_seed.default]
-    assert [n.args[2] for n in seeds] == [0, 1]
+    assert len(seeds) == 2

@@ -1,0 +1,86 @@
+"""What a compiled graph needs at every call besides its own inputs, and whose call it is.
+
+One graph serves every module whose code and shapes are the same. Whose weights a call brings is
+seen when they come for the first time: then the model is looked for that is being called, the
+state of its modules is found, and its report is told of the graph's products.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from analogfx.backend import graph as dynamo
+from analogfx.backend.state import Names, Slot, state_of
+from analogfx.report import Report, SiteReport, note_compiled
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a graph, as it was reported for the model that it was traced in."""
+
+    site: SiteReport
+    position: int | None
+    """Which input is the parameter; None where an op's inner graph hides it."""
+
+
+class Feed:
+    """The state that a graph's calls need, and the report of the models that call it."""
+
+    def __init__(
+        self,
+        slots: Iterable[tuple[int, Slot]],
+        products: Sequence[Product],
+        parameters: Sequence[int],
+    ) -> None:
+        """A feed for one graph.
+
+        Args:
+            slots: which input is a weight, and one use of it; as many times as there are uses.
+            parameters: which inputs are parameters.
+        """
+        self.slots = list(slots)
+        self.products = list(products)
+        self.parameters = list(parameters)
+        self._seen = WeakTensorKeyDictionary()
+
+    def state(self, args: Sequence[Any]) -> list[Tensor]:
+        """The state of the weights of one call, in the order of the inputs that take it."""
+        names: Names | None = None
+
+        def home(weight: Tensor, slot: Slot) -> Any:
+            nonlocal names
+            if names is None:
+                names = Names(dynamo.compiled_root())
+            return names.home(weight, slot)
+
+        found: list[Tensor] = []
+        for position, slot in self.slots:
+            weight = args[position]
+            found += state_of(weight, slot, functools.partial(home, weight, slot)).tensors()
+        return found
+
+    def report(self, args: Sequence[Any]) -> None:
+        """Tell the report of a model that calls the graph for the first time."""
+        if not self.parameters or args[self.parameters[0]] in self._seen:
+            return
+        model = dynamo.compiled_root()
+        names = Names(model)
+        placed = []
+        for product in self.products:
+            weight = None if product.position is None else args[product.position]
+            known = names.of.get(id(weight), ())
+            placed.append(replace(product.site, name=known[0]) if known else product.site)
+        self.note(model, placed, args)
+
+    def note(self, model: nn.Module | None, sites: Iterable[SiteReport], args: Any) -> Report:
+        """Note the products of a graph, and the parameters that it contains."""
+        weights = [args[i] for i in self.parameters]
+        if weights:
+            self._seen[weights[0]] = True
+        return note_compiled(model, sites, weights)

@@ -1,0 +1,121 @@
+"""freeze: at inference, all that depends on weights alone is computed once.
+
+Every fused site becomes two nodes: ``prepare``, which makes of its weight what the tiles hold and
+what scales their bounds, and the product, in plain torch ops that a compiler fuses with what
+stands around them. Nodes whose values can be kept from call to call carry ``meta["frozen"]`` and
+come first in the graph; whoever runs it keeps their values until a weight changes.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from analogfx.kernels import patches, prepared
+from analogfx.kernels.spec import encode
+from analogfx.passes.contract import Context, sweep
+from analogfx.passes.sites import FusedSite, fused_sites, raw_input, switches_mode
+from analogfx.passes.stationary import propagate_stationary
+
+
+def freeze(graph: Graph, context: Context) -> int:
+    """Prepare the weights of every fused site that runs without gradients.
+
+    Returns:
+        The number of sites prepared.
+    """
+    propagate_stationary(graph)
+    count = 0
+    for site in fused_sites(graph):
+        reason = _objection(site, context)
+        if reason:
+            context.note("freeze", site.node, reason)
+            continue
+        _prepare(graph, site)
+        count += 1
+    sweep(graph)
+    return count
+
+
+def _objection(site: FusedSite, context: Context) -> str:
+    """Why a site cannot be prepared; empty if it can."""
+    if context.gradients:
+        return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
+    _, weight, bias, input_range, clip, seed, *_ = site.node.args
+    if seed is not None or site.spec.keep:
+        return "the site is in training mode"
+    if any(map(switches_mode, site.node.graph.nodes)):
+        return "the graph switches autocast or gradients on or off"
+    for operand in (weight, bias, input_range, clip):
+        if isinstance(operand, Node) and not is_frozen(operand):
+            return f"{operand.name} is not computed from weights alone, or not always the same"
+    return ""
+
+
+def is_frozen(node: Node) -> bool:
+    """Whether a value depends on weights alone and is the same at every call."""
+    if "stationary" not in node.meta or node.meta.get("written"):
+        return False
+    if node.op not in ("call_function", "call_method"):
+        return node.op in ("placeholder", "get_attr")
+    return not _is_random(node) and all(is_frozen(n) for n in node.all_input_nodes)
+
+
+def _is_random(node: Node) -> bool:
+    """Whether a call draws random numbers, as ATen's own tags say."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    overloads = (getattr(packet, o) for o in packet.overloads())
+    return any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
+
+
+def _prepare(graph: Graph, site: FusedSite) -> None:
+    x, weight, bias, input_range, clip, _, *texts = site.node.args
+    spec = encode(site.spec)
+    with graph.inserting_before(site.node):
+        ready = graph.call_function(prepared.prepare, (weight, clip, spec))
+        held = graph.call_function(operator.getitem, (ready, 0))
+        scale = graph.call_function(operator.getitem, (ready, 1)) if site.spec.out_bound else None
+        operands = (x, held, scale, bias, None, input_range)
+        if site.is_conv:
+            y = graph.call_function(prepared.conv, (*operands, *texts))
+        else:
+            y = graph.call_function(prepared.linear, (*operands, None, *texts))
+    y.meta |= site.y.meta
+    for node in (ready, held, scale, bias, input_range):
+        keep(graph, node)
+    site.y.replace_all_uses_with(y)
+    graph.erase_node(site.y)
+    graph.erase_node(site.node)
+    if site.is_conv and isinstance(x, Node) and x.target is patches.with_batch:
+        _unwrap_batch(y, x)
+
+
+def _unwrap_batch(y: Node, x: Node) -> None:
+    """Take a convolution out of what gives an image without a batch one, if it has a batch."""
+    image, dims = x.args
+    value = raw_input(image).meta.get("example_value")
+    if isinstance(value, Tensor) and value.dim() == dims + 2:  # type: ignore[operator]
+        y.update_arg(0, image)
+        for user in [n for n in y.users if n.target is patches.like_batch]:
+            y.meta |= user.meta
+            user.replace_all_uses_with(y)
+            user.graph.erase_node(user)
+
+
+def keep(graph: Graph, node: Any) -> None:
+    """Mark a value, and all that it is computed from, as one to keep; move it to the front."""
+    if not isinstance(node, Node) or node.op == "placeholder" or node.meta.get("frozen"):
+        return
+    for source in node.all_input_nodes:
+        keep(graph, source)
+    node.meta["frozen"] = True
+    front = [n for n in graph.nodes if n.op == "placeholder" or n.meta.get("frozen")]
+    last = [n for n in front if n is not node][-1]
+    last.append(node)

@@ -1,0 +1,143 @@
+"""share_input: sites that read one activation the same way share one DAC and one product.
+
+Q, K and V of an attention, gate and up of a feed-forward: their weights become tiles along the
+outputs of one wider product, whose result is split. Sites whose inputs are converted alike but
+whose outputs are not share the DAC alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from analogfx.kernels import prepared
+from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.passes.contract import Context
+from analogfx.passes.freeze import keep
+from analogfx.passes.sites import (
+    ANALOG_X,
+    BIAS,
+    RANGE,
+    RESIDUAL,
+    SCALE,
+    WEIGHT,
+    X,
+    fence_between,
+    prepared_sites,
+    raw_input,
+    spec_of,
+)
+
+
+def share_input(graph: Graph, context: Context) -> int:
+    """Join prepared linear sites that read the same input.
+
+    Returns:
+        The number of sites that gave up a DAC or a product of their own.
+    """
+    count = 0
+    for group in _groups(graph, context):
+        joined: dict[Any, list[Node]] = {}
+        for node in group:
+            joined.setdefault(_outputs_like(spec_of(node)), []).append(node)
+        alone = [nodes[0] for nodes in joined.values() if len(nodes) == 1]
+        for nodes in joined.values():
+            if len(nodes) > 1:
+                alone.append(_join(graph, nodes))
+                count += len(nodes) - 1
+        if len(alone) > 1 and spec_of(alone[0]).inp_res:
+            _share_dac(graph, sorted(alone))
+            count += len(alone) - 1
+    return count
+
+
+def _groups(graph: Graph, context: Context) -> list[list[Node]]:
+    """Sites that convert one input in one way, two or more of them together."""
+    groups: list[list[Node]] = []
+    for node in prepared_sites(graph):
+        spec = spec_of(node)
+        taken = node.target is not prepared.linear or node.args[ANALOG_X] is not None
+        if taken or spec.groups > 1 or spec.activation or node.args[RESIDUAL] is not None:
+            continue
+        for group in groups:
+            if raw_input(group[0].args[X]) is not raw_input(node.args[X]):
+                continue
+            fence = fence_between(group[0], node)
+            reason = f"{fence.name} stands between" if fence is not None else ""
+            reason = reason or _difference(group[0], node, context)
+            if not reason:
+                group.append(node)
+                break
+            context.note("share_input", node, f"{reason}, beside {group[0].name}")
+        else:
+            groups.append([node])
+    return [group for group in groups if len(group) > 1]
+
+
+def _difference(first: Node, second: Node, context: Context) -> str:
+    """What keeps two sites from sharing a DAC; empty if nothing does."""
+    a, b = spec_of(first), spec_of(second)
+    if (a.range_mode, a.inp_res, a.in_sizes) != (b.range_mode, b.inp_res, b.in_sizes):
+        return "another resolution, range mode or cut of the inputs"
+    ranges: tuple[Any, Any] = (first.args[RANGE], second.args[RANGE])
+    if None not in ranges and not context.same_value(*ranges):
+        return "another range"
+    return ""
+
+
+def _outputs_like(spec: MVMSpec) -> tuple[Any, ...]:
+    """What sites must have in common to be rows of tiles side by side."""
+    return (spec.out_bound, spec.out_res)
+
+
+def _join(graph: Graph, nodes: list[Node]) -> Node:
+    """One wider product for several, split after."""
+    specs = [spec_of(node) for node in nodes]
+    sizes = [sum(spec.out_sizes) for spec in specs]
+    first = nodes[0]
+    with graph.inserting_before(first):
+        weight = _beside(graph, nodes, WEIGHT, 0)
+        scale = _beside(graph, nodes, SCALE, 1) if specs[0].out_bound else None
+        bias = _biases(graph, nodes)
+        for node in (weight, scale, bias):
+            keep(graph, node)
+        spec = specs[0]._replace(out_sizes=[size for s in specs for size in s.out_sizes])
+        inputs = (first.args[X], weight, scale, bias, None, first.args[RANGE], None)
+        wide = graph.call_function(prepared.linear, (*inputs, encode(spec)))
+        parts = graph.call_function(torch.split, (wide, sizes, -1))
+        for number, node in enumerate(nodes):
+            part = graph.call_function(operator.getitem, (parts, number))
+            part.meta |= node.meta
+            node.replace_all_uses_with(part)
+    for node in nodes:
+        graph.erase_node(node)
+    return wide
+
+
+def _beside(graph: Graph, nodes: list[Node], argument: int, axis: int) -> Node:
+    return graph.call_function(torch.cat, ([n.args[argument] for n in nodes], axis))
+
+
+def _biases(graph: Graph, nodes: list[Node]) -> Node | None:
+    biases = [n.args[BIAS] for n in nodes]
+    if not any(b is not None for b in biases):
+        return None
+    filled = [
+        graph.call_function(prepared.no_bias, (node.args[WEIGHT],)) if b is None else b
+        for node, b in zip(nodes, biases, strict=True)
+    ]
+    return graph.call_function(torch.cat, (filled,))
+
+
+def _share_dac(graph: Graph, nodes: list[Node]) -> None:
+    """Convert the input once, before the first of several products."""
+    first = nodes[0]
+    with graph.inserting_before(first):
+        analog_x = graph.call_function(
+            prepared.convert, (first.args[X], first.args[RANGE], first.args[-1])
+        )
+    for node in nodes:
+        node.update_arg(ANALOG_X, analog_x)

@@ -1,0 +1,88 @@
+"""Fused sites as the whole-graph passes find them: by their op, whoever put it there."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, Node
+
+from analogfx import ops
+from analogfx.kernels import prepared
+from analogfx.kernels.spec import MVMSpec, decode
+from analogfx.passes.stationary import writes
+
+_LINEAR = torch.ops.analogfx.analog_linear.default
+_CONV = torch.ops.analogfx.analog_conv.default
+
+# Positions in the arguments of the prepared products; a convolution has those up to the range.
+X, WEIGHT, SCALE, BIAS, RESIDUAL, RANGE, ANALOG_X = range(7)
+
+
+@dataclass(frozen=True)
+class FusedSite:
+    """One call of a fused op, and the only one of its results that the model uses."""
+
+    node: Node
+    y: Node
+    spec: MVMSpec
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether it is a convolution."""
+        return self.node.target is _CONV
+
+
+def fused_sites(graph: Graph) -> Iterator[FusedSite]:
+    """Every site that ``lower`` fused, in order."""
+    for node in list(graph.nodes):
+        if node.target in (_LINEAR, _CONV):
+            results = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
+            if len(results) == len(node.users) == 1:
+                yield FusedSite(node, results[0], spec_of(node))
+
+
+def prepared_sites(graph: Graph) -> list[Node]:
+    """Every site that ``freeze`` prepared, in order."""
+    return [n for n in graph.nodes if n.target in (prepared.linear, prepared.conv)]
+
+
+def spec_of(node: Node) -> MVMSpec:
+    """The scalars of a fused or prepared site: its last argument."""
+    text: Any = node.args[-1]
+    return decode(MVMSpec, text)
+
+
+def raw_input(x: Any) -> Any:
+    """A site's input before the casts and checks that every site adds for itself."""
+    while isinstance(x, Node) and x.target in (ops.autocast, ops.checked):
+        x = x.args[0]
+    return x
+
+
+def fence_between(first: Node, last: Node) -> Node | None:
+    """A node between two others past which nothing may move: a write in place, a change of mode."""
+    node = first.next
+    while node is not last and node.op != "root":
+        if writes(node) or switches_mode(node) or isinstance(node.target, HigherOrderOperator):
+            return node
+        node = node.next
+    return None
+
+
+def switches_mode(node: Node) -> bool:
+    """Whether a call switches autocast or gradients, for the nodes after it."""
+    return node.target in _SWITCHES
+
+
+_SWITCHES = {
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch._C._set_grad_enabled,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+}
