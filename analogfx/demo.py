@@ -3,6 +3,7 @@
 A small CNN is trained digitally. From that start two ways of equal length go on: more digital
 training, whose result is mapped to the analog config as it is, and training with the analog
 hardware in the loop. Both analog models are then programmed many times, with more and more noise.
+The hardware-aware one is deployed: written as an ONNX file, and tested in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from analogfx.checkpoint import save
 from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import AnalogfxError
 from analogfx.evaluation import programmed
+from analogfx.onnx import export_onnx
 from analogfx.report import report
 from analogfx.training import clip_after_step
 
-SUMMARY, FIGURE, PLACEMENT, CHECKPOINT = FILES = (
+SUMMARY, FIGURE, PLACEMENT, CHECKPOINT, ONNX = FILES = (
     "summary.json",
     "accuracy.png",
     "placement.txt",
     "checkpoint",
+    "model.onnx",
 )
 """What `run` writes; the checkpoint is a folder."""
 
@@ -124,9 +127,11 @@ def run(out: Path, settings: Settings) -> dict[str, Any]:
     optimizer = _optimizer(aware, settings)
     clip_after_step(optimizer, aware)
     fit(aware, optimizer, train, settings, "hardware-aware training")
+    export_onnx(aware, (test.images[:2],), out / ONNX)
 
     summary = {
         "digital": accuracy(digital, test),
+        "deployed": {"eager": accuracy(aware, test), "onnx": onnx_accuracy(out / ONNX, test)},
         "noise": under_noise({"mapped": mapped, "hardware_aware": aware}, test, settings),
         "images": {"train": len(train.labels), "test": len(test.labels)},
         "settings": asdict(settings),
@@ -228,6 +233,17 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
     return (model(digits.images).argmax(1) == digits.labels).double().mean().item()
 
 
+def onnx_accuracy(path: Path, digits: Digits) -> float:
+    """Return the share of images that a file names correctly in stock ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {session.get_inputs()[0].name: digits.images.numpy()})
+    return float((scores.argmax(1) == digits.labels.numpy()).mean())
+
+
 def under_noise(
     models: dict[str, nn.Module], digits: Digits, settings: Settings
 ) -> list[dict[str, Any]]:
@@ -269,6 +285,12 @@ def table(summary: dict[str, Any]) -> str:
         cells = [f"{100 * row[name]['mean']:5.1f} ± {100 * row[name]['std']:4.1f} %"
                  for name in ("mapped", "hardware_aware")]  # fmt: skip
         lines.append(f"{row['std_dev']:5.0%}      {cells[0]}     {cells[1]}")
+    deployed = summary["deployed"]
+    lines += [
+        "",
+        f"hardware-aware, as {ONNX} in ONNX Runtime: {deployed['onnx']:.1%} "
+        f"(in PyTorch: {deployed['eager']:.1%})",
+    ]
     return "\n".join(lines)
 
 
@@ -320,6 +342,7 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 def _require_extras() -> None:
     modules = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+    modules |= {name: name for name in ("onnx", "onnxscript", "onnxruntime")}
     missing = [name for module, name in modules.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise DemoError(f'the demo needs {" and ".join(missing)}: pip install "analogfx[demo]"')
@@ -334,5 +357,5 @@ def _require_writable(out: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("analogfx", "torch", "numpy", "scikit-learn", "matplotlib")
+    packages = ("analogfx", "torch", "numpy", "scikit-learn", "matplotlib", "onnxruntime")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,61 +1,170 @@
-"""A backend for the custom ops in NumPy, written from docs/onnx/ alone, in float64.
+"""A backend for the custom ops in NumPy, written from docs/onnx/ alone.
 
-It computes a site from what ``load_onnx_sites`` gives, and how far every product is from a tie of
-the ADC's rounding: there, and only there, two orders of summation may end one step apart.
+Every op takes its inputs and attributes as a node of the file has them. The sites take besides
+how to bound a product: a product of floats may be summed in any order, so it is an interval, the
+converters behind it are monotone, and so is the sum over tiles; a site's output is therefore an
+interval, too, whose ends are apart by rounding, or at a tie of the ADC by its step.
 """
 
+import itertools
+import math
+
 import numpy as np
+from onnx import helper
+from onnx.reference.op_run import OpRun
+
+DOMAIN = "ai.analogfx"
+
+
+def dynamic_range(x):
+    return np.abs(x).max(-1, keepdims=True)
+
+
+def dac(x, input_range, *, inp_res, clamp):
+    if clamp:
+        x = np.minimum(np.maximum(x, -input_range), input_range)
+    return _on_grid(x, _step(input_range, inp_res)) if inp_res else x
+
+
+def adc(y, input_range, weight_max, *, out_bound, out_res):
+    kind = input_range.dtype.type
+    bound = (input_range * kind(out_bound)) * weight_max
+    if out_res:
+        step = _step(bound, out_res)
+        y = _on_grid(y, np.where(step == 0, kind(1), step))
+    return np.minimum(np.maximum(y, -bound), bound)
 
 
 def _step(bound, res):
-    return 2 * bound / res if res > 1 else 2 * bound * res
+    kind = bound.dtype.type
+    return 2 * bound / kind(res) if res > 1 else 2 * bound * kind(res)
 
 
-def _tile_max(row, out_sizes):
-    parts = np.split(row, np.cumsum(out_sizes)[:-1])
-    return np.concatenate([np.full_like(part, part.max()) for part in parts])
+def _on_grid(x, step):
+    return np.round(x / np.maximum(step, np.finfo(step.dtype).tiny)) * step
 
 
-def linear(site, x):
-    """``AnalogLinear`` of x (N, I), and for every output the distance of its nearest tie.
-
-    Returns:
-        y (N, O); distance (N, O) in ADC steps, infinite without an ADC; step (O,) or (N, O).
-    """
-    spec = site.spec
-    x = x.astype(np.float64)
-    y = np.zeros((len(x), site.weight_shape[0]))
-    distance, steps = np.full(y.shape, np.inf), np.zeros(y.shape)
-    weight = site.weight().astype(np.float64)
-    start = 0
-    for tile, size in enumerate(spec.in_sizes):
+def analog_linear(x, weight, weight_scale=None, bias=None, input_range=None, weight_max=None, *,
+                  group, in_sizes, around=0, **attributes):  # fmt: skip
+    """``around``: take this many error bounds of every product away (-1) or to it (1)."""
+    real = np.float64 if x.dtype == np.float64 else np.float32
+    outputs, inputs = weight.shape[0], sum(in_sizes)
+    rows = x.astype(real).reshape(*x.shape[:-1], group, inputs)
+    total, start = 0, 0
+    for tile, size in enumerate(in_sizes):
         columns = slice(start, start + size)
         start += size
-        x_t = x[:, columns]
-        r = None
-        if spec.range_mode == "dynamic":
-            r = np.abs(x_t).max(1, keepdims=True)
-        elif spec.range_mode != "none":
-            r = np.float64(site.array("input_range")[tile])
-            x_t = np.clip(x_t, -r, r)
-        if spec.inp_res:
-            step = _step(np.float32(r), np.float32(spec.inp_res)).astype(np.float64)
-            # The grid is float32's: a step that rounds elsewhere would shift every code.
-            x_t = np.round(x_t.astype(np.float32) / step.astype(np.float32)) * step
-        y_t = x_t @ weight[:, columns].T
-        if spec.out_bound:
-            a = site.array("weight_max")[tile].astype(np.float64)
-            a = a if spec.bound_per_channel else _tile_max(a, spec.out_sizes)
-            bound = np.broadcast_to(r * spec.out_bound * a, y_t.shape)
-            if spec.out_res:
-                step = _step(bound, spec.out_res)
-                step = np.where(step == 0, 1.0, step)
-                scaled = y_t / step
-                distance = np.minimum(distance, np.abs(scaled - np.floor(scaled) - 0.5))
-                steps = np.maximum(steps, step)
-                y_t = np.round(scaled) * step
-            y_t = np.clip(y_t, -bound, bound)
-        y += y_t
-    if "bias" in site.tensors:
-        y += site.array("bias")
-    return y, distance, steps
+        held = weight[:, columns].astype(real)
+        if weight_scale is not None:
+            held = held * weight_scale[tile][:, None]
+        x_t, r = _converted(rows[..., columns], input_range, tile, attributes)
+        matrices = held.reshape(group, outputs // group, size)
+        y_t = _near("...gi,goi->...go", x_t, matrices, size, around)
+        y_t = y_t.reshape(*x.shape[:-1], outputs)
+        a = None if weight_max is None else weight_max[tile]
+        if attributes["range_mode"] == "dynamic":  # (..., G, 1), one for each output of a group
+            r = np.repeat(r[..., 0], outputs // group, axis=-1)
+        total = total + _digitized(y_t, r, a, attributes)
+    return (total if bias is None else total + bias.astype(real)).astype(x.dtype)
+
+
+def analog_conv(x, weight, weight_scale=None, bias=None, input_range=None, weight_max=None, *,
+                group, kernel_shape, strides, pads, dilations, around=0, **attributes):  # fmt: skip
+    real = np.float64 if x.dtype == np.float64 else np.float32
+    axes = len(kernel_shape)
+    image = (-1, *[1] * axes)
+    held = weight.astype(real)
+    if weight_scale is not None:
+        held = held * weight_scale[0].reshape(-1, *[1] * (axes + 1))
+    x_t, r = _converted(x.astype(real), input_range, 0, attributes)
+    ends = [(0, 0), (0, 0), *zip(pads[:axes], pads[axes:], strict=True)]
+    patches = _patches(np.pad(x_t, ends), kernel_shape, strides, dilations)
+    outputs = weight.shape[0]
+    batch, channels, *places = patches.shape[: 2 + axes]
+    patches = patches.reshape(batch, group, channels // group, *places, math.prod(kernel_shape))
+    matrices = held.reshape(group, outputs // group, channels // group, -1)
+    depth = matrices[0, 0].size
+    y = _near("bgc...k,gock->bgo...", patches, matrices, depth, around)
+    y = y.reshape(batch, outputs, *places)
+    a = None if weight_max is None else weight_max[0]
+    y = _digitized(y, r, a, attributes, image)
+    return (y if bias is None else y + bias.astype(real).reshape(image)).astype(x.dtype)
+
+
+def _patches(x, kernel, strides, dilations):
+    """(B, C, ...) as (B, C, places ..., elements of the kernel)."""
+    sizes = x.shape[2:]
+    counts = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(sizes, kernel, strides, dilations, strict=True)
+    ]
+    views = []
+    for offset in itertools.product(*map(range, kernel)):
+        place = (
+            slice(o * d, o * d + s * (count - 1) + 1, s)
+            for o, d, s, count in zip(offset, dilations, strides, counts, strict=True)
+        )
+        views.append(x[(..., *place)])
+    return np.stack(views, -1)
+
+
+def _converted(x_t, input_range, tile, attributes):
+    """A tile's input behind the DAC, and its range."""
+    mode = attributes["range_mode"]
+    if mode == "none":
+        return x_t, None
+    dynamic = mode == "dynamic"
+    r = dynamic_range(x_t) if dynamic else input_range[tile]
+    return dac(x_t, r, inp_res=attributes["inp_res"], clamp=not dynamic), r
+
+
+def _near(equation, x, w, depth, around):
+    """A product, exact but for its last rounding, or an end of the interval that it lies in.
+
+    Summing n products in any order, fused or not, is off by at most n units of rounding times the
+    sum of magnitudes; three more for codes that are multiplied before they are scaled.
+    """
+    product = np.einsum(equation, x.astype(np.float64), w.astype(np.float64))
+    if around:
+        size = np.einsum(equation, np.abs(x).astype(np.float64), np.abs(w).astype(np.float64))
+        product = product + around * (depth + 3) * np.finfo(x.dtype).eps / 2 * size
+    return product.astype(x.dtype)
+
+
+def _digitized(y_t, r, weight_max, attributes, image=(-1,)):
+    """A tile's product behind the ADC."""
+    if not attributes["out_bound"]:
+        return y_t
+    if attributes["bound_per_channel"]:
+        a = weight_max
+    else:
+        ends = np.cumsum(attributes["out_sizes"])[:-1]
+        a = np.concatenate([np.full_like(p, p.max()) for p in np.split(weight_max, ends)])
+    return adc(y_t, r, a.reshape(image), out_bound=attributes["out_bound"],
+               out_res=attributes["out_res"])  # fmt: skip
+
+
+# ---------------------------------------------------------------- the ops for a stock evaluator
+
+
+def _op(name, compute):
+    """An op of the domain for ONNX's reference evaluator, from nothing but a node."""
+
+    def run(self, *given, **_):
+        attributes = {a.name: helper.get_attribute_value(a) for a in self.onnx_node.attribute}
+        named = {
+            key: value.decode() if isinstance(value, bytes) else value
+            for key, value in attributes.items()
+        }
+        return (np.asarray(compute(*given, **named)),)
+
+    return type(name, (OpRun,), {"op_domain": DOMAIN, "_run": run})
+
+
+OPS = [
+    _op("DynamicRange", dynamic_range),
+    _op("DAC", dac),
+    _op("ADC", adc),
+    _op("AnalogLinear", analog_linear),
+    _op("AnalogConv", analog_conv),
+]

@@ -1,10 +1,16 @@
 """Configs and models that the export tests share."""
 
+from typing import NamedTuple
+
+import onnx_compare
+import samples
 import torch
 import transformers
 from torch import nn
 
-from analogfx import TorchInferenceRPUConfig, analogize, recipes
+from analogfx import TorchInferenceRPUConfig, analogize, export_onnx, recipes
+
+LEVELS = ("fused", "explicit", "standard", "qdq")
 
 
 def config(**fields):
@@ -100,7 +106,9 @@ TRANSFORMERS = {
 
 
 def example(name, batch=2, length=5):
-    """An input of a transformers model."""
+    """An input of a model."""
+    if name in MODELS:
+        return torch.randn(batch, *MODELS[name][1][1:])
     if name in ("gpt2", "llama"):
         return torch.randint(0, 50, (batch, length))
     return torch.randn(batch, 3, 16, 16)
@@ -112,3 +120,48 @@ def analog(model, rpu_config, *inputs):
     made = analogize(model(), rpu_config)
     made.train()(*inputs)
     return made.eval()
+
+
+class Case(NamedTuple):
+    """One export of the matrix."""
+
+    model: str
+    config: str
+    """Name in ``samples.CONFIGS``."""
+    level: str
+    tiled: bool
+    opset: int
+
+    def check(self, folder, verify=True):
+        """Export it and hold the file against the model, in both runtimes and on other sizes.
+
+        Returns:
+            What the comparison in ONNX Runtime saw.
+        """
+        x = example(self.model)
+        factory = MODELS[self.model][0] if self.model in MODELS else TRANSFORMERS[self.model]
+        tiles = samples.TILES if self.tiled else {}
+        made = analog(factory, samples.merged(samples.CONFIGS[self.config], tiles), x)
+        path = folder / "model.onnx"
+        export_onnx(made, (x,), path, level=self.level, opset=self.opset, verify=verify)
+        found = onnx_compare.Found()
+        for other in (x, example(self.model, batch=3, length=9), x[:1]):
+            found += onnx_compare.compare(path, made, [other])
+        onnx_compare.compare(path, made, [x], onnx_compare.reference_evaluator)
+        if self.level in ("fused", "explicit"):
+            onnx_compare.compare(path, made, [x], onnx_compare.backend)
+        return found
+
+
+def matrix():
+    """Every config on every model at every level; half of them tiled, half of them in opset 21.
+
+    ONNX's reference evaluator has no DequantizeLinear below opset 19.
+    """
+    models = (*MODELS, *TRANSFORMERS)
+    return [
+        Case(model, config, level, (c + n) % 2 == 1, 21 if level == "qdq" or c % 2 else 18)
+        for model in models
+        for c, config in enumerate(samples.CONFIGS)
+        for n, level in enumerate(LEVELS)
+    ]

@@ -10,6 +10,7 @@ from analogfx.errors import AnalogfxError
 
 SUMMARY = {
     "digital": 0.98,
+    "deployed": {"eager": 0.97, "onnx": 0.96},
     "noise": [
         {
             "std_dev": 0.2,
@@ -82,6 +83,7 @@ def test_demo_tells_result_and_place(asked, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "20%" in printed and "80.0 ±  5.0 %" in printed and "95.0 ±  1.0 %" in printed
     assert str(tmp_path) in printed and "summary.json" in printed
+    assert "as model.onnx in ONNX Runtime: 96.0% (in PyTorch: 97.0%)" in printed
 
 
 def test_own_errors_are_told_without_traceback(monkeypatch, capsys, tmp_path):

@@ -56,6 +56,18 @@ def test_checkpoint_gives_the_hardware_aware_model_back(quick_run):
     assert demo.accuracy(loaded, test) == summary["noise"][0]["hardware_aware"]["mean"]
 
 
+def test_onnx_file_is_as_accurate_as_the_model(quick_run):
+    out, summary = quick_run
+    _, test = demo.load_digits(demo.Settings())
+    eager = summary["noise"][0]["hardware_aware"]["mean"]
+    assert summary["deployed"] == {"eager": eager, "onnx": eager}
+    assert demo.onnx_accuracy(out / demo.ONNX, test) == eager
+    sites = analogfx.load_onnx_sites(out / demo.ONNX).sites
+    assert [site.name for site in sites] == ["conv1", "conv2", "conv3", "classifier"]
+    wrong = test._replace(labels=(test.labels + 1) % 10)
+    assert demo.onnx_accuracy(out / demo.ONNX, wrong) < 0.1
+
+
 def test_second_run_replaces_the_first_and_equals_it(tmp_path):
     first = demo.run(tmp_path, SETTINGS)
     second = demo.run(tmp_path, SETTINGS)
@@ -100,11 +112,14 @@ def test_unwritable_folder_is_refused(tmp_path, below, capsys):
     assert capsys.readouterr().err.startswith("analogfx: error: cannot write to ")
 
 
-def test_missing_extras_are_named(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("module", "package"), [("sklearn", "scikit-learn"), ("onnxruntime", "onnxruntime")]
+)
+def test_missing_extras_are_named(module, package, monkeypatch, tmp_path, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name)
+        importlib.util, "find_spec", lambda name: None if name == module else found(name)
     )
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error == 'analogfx: error: the demo needs scikit-learn: pip install "analogfx[demo]"\n'
+    assert error == f'analogfx: error: the demo needs {package}: pip install "analogfx[demo]"\n'

@@ -2,8 +2,8 @@
 
 Suites: ``sizes`` (bytes of a file by weight bits), ``latency`` (ONNX Runtime on the CPU, every
 level beside the digital model's export), ``memory`` (time and peak memory of an export by model
-size), ``matrix`` (every config, transformers model and level, exported and verified: no figures,
-but too slow for CI). One row a figure is appended to ``tools/bench_onnx_rows.jsonl``.
+size). One row a figure is appended to ``tools/bench_onnx_rows.jsonl``; the method is described in
+``docs/onnx/benchmark.md``, whose figures ``python tools/bench_onnx.py --table`` writes.
 """
 
 import argparse
@@ -15,11 +15,10 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from analogfx import TorchInferenceRPUConfig, WeightQuantizationType
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "tools" / "bench_onnx_rows.jsonl"
+PAGE = ROOT / "docs" / "onnx" / "benchmark.md"
+BEGIN, END = "<!-- python tools/bench_onnx.py --table -->", "<!-- end -->"
 PACKAGES = ("analogfx", "torch", "onnx", "onnxscript", "onnxruntime", "transformers")
 LEVELS = ("fused", "explicit", "standard", "qdq")
 REPEATS = 30
@@ -207,43 +208,142 @@ class _Peak:
         self._thread.join()
 
 
-def matrix(folder: Path) -> Iterator[Row]:
-    """Every config of the tests on every transformers model at every level, verified."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from onnx_cases import CONFIGS, TRANSFORMERS, analog, example
-
-    cases = list(itertools.product(TRANSFORMERS, CONFIGS, LEVELS))
-    for name, rpu_config, level in tqdm(cases, desc="matrix"):
-        x = example(name)
-        model = analog(TRANSFORMERS[name], CONFIGS[rpu_config], x)
-        analogfx.export_onnx(model, (x,), folder / "model.onnx", level=level)
-    yield {"suite": "matrix", "exported_and_verified": len(cases)}
-
-
 SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "sizes": sizes,
     "latency": latency,
     "memory": memory,
-    "matrix": matrix,
 }
 
 
-def main() -> None:
-    """Run the suites asked for and append what they find."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", default=list(SUITES), metavar="SUITE")
+# ------------------------------------------------------------------------------------- tables
+
+GOALS = {"fused": 1.5, "qdq": 1.0}
+"""Largest latency over the digital model's, by level."""
+
+EXTRA = 1.3
+"""Largest extra memory of the largest model's export over its weights."""
+
+
+def tables(recorded: list[Row]) -> str:
+    """The last run of every suite as Markdown, with the goals."""
+    parts = []
+    for name, table in (
+        ("sizes", size_table),
+        ("latency", latency_table),
+        ("memory", memory_table),
+    ):
+        rows = [row for row in recorded if row["suite"] == name]
+        if not rows:
+            raise SystemExit(f"{ROWS.name} has no rows of {name}: run tools/bench_onnx.py {name}")
+        run = last_run(rows)
+        parts += [f"**{name}**: {described(run[0])}", table(run)]
+    return "\n\n".join(parts)
+
+
+def last_run(rows: list[Row]) -> list[Row]:
+    """The last row of every figure, all of one run: what was measured before is left out."""
+    subjects = [tuple(row.get(key) for key in KEYS) for row in rows]
+    first = max(n for n, subject in enumerate(subjects) if subject == subjects[0])
+    run = rows[first:]
+    if set(subjects[first:]) != set(subjects):
+        raise SystemExit(f"the last run of {rows[0]['suite']} was broken off: run it again")
+    return run
+
+
+KEYS = ("weights", "model", "arm", "parameters", "verify")
+"""What tells the figures of a suite apart."""
+
+
+def described(row: Row) -> str:
+    """Where and with what a run was made."""
+    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    return f"{row['date']}, {row['machine']}, {row['cores']} cores; {versions}."
+
+
+def size_table(rows: list[Row]) -> str:
+    """Bytes by weight bits."""
+    whole = rows[0]["bytes"]
+    lines = [[r["weights"], f"{r['bytes']:,}", f"{r['bytes'] / whole:.2f}"] for r in rows]
+    header = ["weights", f"bytes, {rows[0]['parameters']:,} parameters", "over float32"]
+    return markdown(header, lines)
+
+
+def latency_table(rows: list[Row]) -> str:
+    """Milliseconds of every level, and whether its goal was reached."""
+    lines = []
+    for r in rows:
+        most = GOALS.get(r["arm"])
+        reached = "" if most is None else "reached" if r["over_digital"] <= most else "**missed**"
+        goal = "" if most is None else f"≤ {most:g}: {reached}"
+        times = f"{r['ms']:.1f} ({r['p20']:.1f}–{r['p80']:.1f})"
+        lines.append([r["model"], r["arm"], times, f"{r['over_digital']:.2f}", goal])
+    return markdown(["model", "file", "ms", "over digital", "goal"], lines)
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Seconds and extra memory by model size; the goal is for the largest model."""
+    largest = max(r["parameters"] for r in rows)
+    lines = []
+    for r in rows:
+        verdict = "reached" if r["extra_over_weights"] <= EXTRA else "**missed**"
+        goal = f"≤ {EXTRA}: {verdict}" if r["parameters"] == largest else ""
+        size = f"{r['parameters']:,}", f"{r['weight_bytes'] / 2**30:.2f} GiB"
+        verify = "yes" if r["verify"] else "no"
+        extra = f"{r['extra_over_weights']:.2f}"
+        lines.append([*size, verify, f"{r['seconds']:.1f}", extra, goal])
+    header = ["parameters", "weights", "verified", "seconds", "extra memory over weights", "goal"]
+    return markdown(header, lines)
+
+
+TABLES = {"sizes": size_table, "latency": latency_table, "memory": memory_table}
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
+
+
+def with_tables(page: str, text: str) -> str:
+    """A page whose generated section is replaced by a text."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def measure(name: str, path: Path) -> None:
+    """Run a suite and append its rows, all of them or none."""
     machine = {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "versions": {package: version(package) for package in PACKAGES},
     }
-    for name in parser.parse_args().suites:
-        with tempfile.TemporaryDirectory() as folder, ROWS.open("a") as rows:
-            for row in SUITES[name](Path(folder)):
-                print(row, flush=True)
-                rows.write(json.dumps({**row, **machine}) + "\n")
-                rows.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for row in SUITES[name](Path(folder)):
+            print(row, flush=True)
+            rows.append({**row, **machine})
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the suites asked for, or write the recorded figures to their page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="*", default=list(SUITES), metavar="SUITE")
+    parser.add_argument("--table", action="store_true", help=f"write the last run to {PAGE.name}")
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.suites) - set(SUITES):
+        parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    if arguments.table:
+        recorded = [json.loads(line) for line in ROWS.read_text().splitlines()]
+        PAGE.write_text(with_tables(PAGE.read_text(), tables(recorded)))
+        return
+    for name in arguments.suites:
+        measure(name, ROWS)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def export_onnx(
     _require()
     from analogfx.onnx.export import export
 
+    if not isinstance(args, (tuple, list)):
+        raise OnnxError(f"args is a {type(args).__name__}: expected a tuple of inputs")
     export(
         analog,
         tuple(args),

@@ -89,25 +89,38 @@ def capture(
         except Exception as error:  # the exporter wraps whatever its translations raise
             raise OnnxError(_untranslated(program, error)) from error
     assert translated is not None
+    for place in translated.model.graph.inputs:
+        _unname_fixed_axes(place)
     nodes = [n for n in translated.model.graph if (n.domain, n.op_type) == (DOMAIN, "Site")]
     return Captured(translated.model, tuple(_calls(analog, nodes)))
 
 
-def dynamic_axes(arguments: Any) -> Any:
-    """Batch of every tensor, and sequence where there may be one, as free axes.
+def _unname_fixed_axes(place: ir.Value) -> None:
+    """The exporter names an axis that it found to be fixed by its size: "4" instead of 4."""
+    if place.shape is None:
+        return
+    for axis, size in enumerate(place.shape):
+        name = "" if isinstance(size, int) else size.value or ""
+        if name.isdecimal():
+            place.shape[axis] = int(name)
+
+
+def free_axes(t: Tensor) -> range:
+    """The axes of an input that ought to be free: its batch, and its sequence if it has one.
 
     The first axis is the batch. The second is a sequence in token ids and masks (whole numbers)
     and in (batch, sequence, feature); images have none.
-
-    Returns:
-        Dynamic shapes in the structure of the arguments.
     """
+    sequence = t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())
+    return range(min(t.dim(), 1 + sequence))
+
+
+def dynamic_axes(arguments: Any) -> Any:
+    """The free axes of all tensors, as ``torch.export.export`` takes them."""
 
     def axes(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            return None
-        sequence = value.dim() == 3 or (value.dim() == 2 and not value.is_floating_point())
-        return dict.fromkeys(range(1 + sequence), Dim.AUTO)
+        free = free_axes(value) if isinstance(value, Tensor) else ()
+        return dict.fromkeys(free, Dim.AUTO) or None
 
     return tree_map(axes, arguments)
 
@@ -115,22 +128,36 @@ def dynamic_axes(arguments: Any) -> Any:
 def _export(
     analog: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
+    # Aliases: torch marks the free axes on its example tensors, and leaves the marks if it fails.
+    args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
     try:
         with torch.no_grad(), quiet():
             return torch.export.export(
                 analog, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
             )
     except Exception as error:  # any code may fail in any way while it is traced
+        _run(analog, args, kwargs)
         raise OnnxError(
             f"{type(analog).__name__} has no single graph: {_line(error)}. Leave out what is no "
             "tensor or depends on values (for transformers: use_cache=False)"
         ) from error
 
 
+def _run(analog: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs that the model itself does not take."""
+    try:
+        with torch.no_grad():
+            analog(*args, **kwargs)
+    except Exception as error:
+        raise OnnxError(
+            f"{type(analog).__name__} does not run on these inputs: {_line(error)}"
+        ) from error
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """The exporters' advice to their own developers is not for our users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

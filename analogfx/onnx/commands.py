@@ -15,7 +15,7 @@ from analogfx.checkpoint import CONFIG_FILE, load
 from analogfx.errors import OnnxError
 from analogfx.onnx import export_onnx, load_onnx_sites
 
-LEVELS = ("fused", "explicit", "standard", "qdq")
+LEVELS = ("fused", "explicit", "standard", "qdq")  # not from export, which imports onnx
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -105,7 +105,10 @@ def _factory(name: str) -> nn.Module:
         make: Any = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError, ValueError) as error:
         raise OnnxError(f"--model {name}: {error}; expected package.module:factory") from error
-    model = make()
+    try:
+        model = make()
+    except Exception as error:  # it is the user's code
+        raise OnnxError(f"--model {name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise OnnxError(f"--model {name} returned a {type(model).__name__}, not an nn.Module")
     return model
@@ -122,7 +125,10 @@ def _transformers(folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise OnnxError(f"{folder} is a transformers model: pip install transformers") from error
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise OnnxError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
     config.use_cache = False  # a cache is no tensor
     name = (config.architectures or [type(config).__name__])[0]
     architecture = getattr(transformers, name, None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from analogfx.errors import OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.module import sites as analog_sites
 from analogfx.onnx import verify as verification
-from analogfx.onnx.capture import Captured, SiteCall, capture, dynamic_axes, quiet
+from analogfx.onnx.capture import Captured, SiteCall, capture, dynamic_axes, free_axes, quiet
 from analogfx.onnx.operators import AnalogConv, AnalogLinear, Seeds
 from analogfx.onnx.sites import SCHEMA, Programmed, program, record
 from analogfx.onnx.writer import DOMAIN, VERSION, Writer
@@ -65,7 +67,7 @@ def export(
     verify: bool,
 ) -> None:
     """See :func:`analogfx.export_onnx`."""
-    _check_request(analog, level, opset)
+    _check_request(analog, Path(path), level, opset)
     modes = {module: module.training for module in analog.modules()}
     analog.eval()
     try:
@@ -84,13 +86,17 @@ def export(
             module.training = training
 
 
-def _check_request(analog: nn.Module, level: str, opset: int) -> None:
+def _check_request(analog: nn.Module, target: Path, level: str, opset: int) -> None:
+    if not os.path.isdir(target.parent):
+        raise OnnxError(f"{target.parent} is no folder; the folder of the file must exist")
+    if os.path.exists(target) and not os.path.isfile(target):  # a device would be replaced, too
+        raise OnnxError(f"{target} is there and no plain file; name a file")
     if level not in LEVELS:
         raise OnnxError(f"level = {level!r}: expected one of {', '.join(LEVELS)}")
     newest = onnx.defs.onnx_opset_version()
     if not 18 <= opset <= newest:
         raise OnnxError(f"opset = {opset!r}: expected 18 to {newest}")
-    if next(analog_sites(analog), None) is None:
+    if not isinstance(analog, nn.Module) or next(analog_sites(analog), None) is None:
         raise OnnxError(
             f"{type(analog).__name__} has no analog site: pass what analogize() returned"
         )
@@ -110,11 +116,33 @@ def _capture(
     if dynamic_shapes is not True:
         return capture(analog, args, kwargs, dynamic_shapes or None, opset)
     wide_args, wide_kwargs = verification.at_least_two((args, dict(kwargs)))
-    shapes = dynamic_axes(verification.bound(analog, wide_args, wide_kwargs))
+    arguments = verification.bound(analog, wide_args, wide_kwargs)
+    reason = "the model's code takes a size as a number, or the size is 1"
     try:
-        return capture(analog, wide_args, wide_kwargs, shapes, opset)
-    except OnnxError:
-        return capture(analog, args, kwargs, None, opset)
+        captured = capture(analog, wide_args, wide_kwargs, dynamic_axes(arguments), opset)
+    except OnnxError as error:
+        captured, reason = capture(analog, args, kwargs, None, opset), str(error)
+    fixed = _fixed_axes(captured.model.graph, verification.tensors_of(arguments))
+    if fixed:
+        warnings.warn(
+            f"the file of {type(analog).__name__} takes one size alone of {', '.join(fixed)}: "
+            f"{reason}; dynamic_shapes=False (--static) fixes all sizes without this warning",
+            stacklevel=4,
+        )
+    return captured
+
+
+def _fixed_axes(graph: ir.Graph, arguments: list[Tensor]) -> list[str]:
+    """Axes that ought to be free and are not, each with its size."""
+    batch = next((tensor.shape[:1] for tensor in arguments), None)
+    return [
+        f"{place.name} axis {axis} ({place.shape[axis]})"
+        for place, tensor in zip(graph.inputs, arguments, strict=True)
+        for axis in free_axes(tensor)
+        if place.shape is not None and isinstance(place.shape[axis], int)
+        and not (axis == 0 and tensor.shape[:1] != batch)  # no batch after all
+        and not (axis == 1 and tensor.dim() == 3)  # perhaps channels
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- lowering
@@ -131,11 +159,14 @@ def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list
         optimizer.optimize_ir(model, inline=False)  # before: it must not fold what a site names
     functions: dict[Any, ir.Function] = {}
     sites: dict[str, _Written] = {}
-    for call, name in zip(captured.calls, _site_names(captured.calls), strict=True):
+    names = _site_names(captured.calls)
+    seeds: Sequence[Seeds | None] = [None] * len(names)
+    if seed is not None:
+        seeds = _seeds(seed, len(names))
+    for call, name in zip(captured.calls, names, strict=True):
         if name not in sites:
             site = program(name, call, opset, noise=seed is not None)
-            seeds = None if seed is None else _seeds(seed, len(sites))
-            sites[name] = _Written(site, _constants(model.graph, site), seeds)
+            sites[name] = _Written(site, _constants(model.graph, site), seeds[len(sites)])
         _replace(model.graph, call, sites[name], Writer(opset, LEVELS[level], functions), level)
     common.RemoveUnusedNodesPass()(model)
     for function in functions.values():
@@ -180,9 +211,14 @@ def _site_names(calls: tuple[SiteCall, ...]) -> list[str]:
     return names
 
 
-def _seeds(seed: int, number: int) -> Seeds:
-    """Seeds of one site; whole numbers that a float32 attribute holds exactly."""
-    return Seeds(float((seed + 2 * number) % (1 << 24)), float((seed + 2 * number + 1) % (1 << 24)))
+def _seeds(seed: int, count: int) -> list[Seeds]:
+    """Seeds of so many sites, all different.
+
+    Drawn, not counted: ONNX Runtime's generator gives nearly the same first numbers from seeds that
+    lie side by side, and the very same from 0 and 1. A float32 attribute holds them exactly.
+    """
+    drawn = random.Random(str(seed)).sample(range(1, 1 << 24), 2 * count)
+    return [Seeds(float(w), float(y)) for w, y in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
 def _constants(graph: ir.Graph, site: Programmed) -> dict[str, ir.Value]:
@@ -280,24 +316,25 @@ def _annotate(
 
 def _write(model: ir.Model, target: Path, accept: Callable[[Path], None]) -> None:
     """Write beside the target, and move there what was accepted."""
-    if not target.parent.is_dir():
-        raise OnnxError(f"{target.parent} is no folder")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     data = f"{target.name}.data" if size > _INLINE_LIMIT else None
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
-        file = Path(scratch, target.name)
-        ir.save(
-            model,
-            file,
-            external_data=data,
-            size_threshold_bytes=_EXTERNAL,
-            max_workers=1,
-            max_in_flight_bytes=_IN_FLIGHT,
-        )
-        accept(file)
-        if data is not None:
-            os.replace(Path(scratch, data), target.with_name(data))
-        os.replace(file, target)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
+            file = Path(scratch, target.name)
+            ir.save(
+                model,
+                file,
+                external_data=data,
+                size_threshold_bytes=_EXTERNAL,
+                max_workers=1,
+                max_in_flight_bytes=_IN_FLIGHT,
+            )
+            accept(file)
+            if data is not None:
+                os.replace(Path(scratch, data), target.with_name(data))
+            os.replace(file, target)
+    except OSError as error:
+        raise OnnxError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 def _check(file: Path) -> None:

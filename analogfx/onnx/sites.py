@@ -204,14 +204,19 @@ def record(site: Programmed, inputs: dict[str, str], nodes: list[str]) -> dict[s
         "parameter": site.call.site.name,
         "weight_shape": list(weight_of(site.call).shape),
         "tiles": _tile_map(spec),
-        "spec": {k: getattr(spec, k) for k in spec._fields if k not in _TRAINING},
+        "spec": {name: getattr(spec, name) for name in _RECORDED},
         "window": None if window is None else window._asdict(),
         "initializers": inputs,
         "nodes": nodes,
     }
 
 
-_TRAINING = {"decay", "input_min_percentage", "keep"}
+_RECORDED = (
+    "in_sizes", "out_sizes", "groups", "range_mode", "inp_res", "weight_states",
+    "weight_per_channel", "noise_std", "noise_per_channel", "out_noise", "out_noise_per_channel",
+    "out_bound", "out_res", "bound_per_channel",
+)  # fmt: skip
+"""The scalars that a file tells: its format does not change with what kernels want to know."""
 
 
 def _tile_map(spec: MVMSpec) -> list[dict[str, Any]]:

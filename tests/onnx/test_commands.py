@@ -73,6 +73,22 @@ def test_models_that_cannot_be_made(checkpoint, tmp_path, monkeypatch):
         call("export", "--model", "absent:make", *rest)
     with pytest.raises(OnnxError, match=r"returned a TorchInferenceRPUConfig, not an nn\.Module"):
         call("export", "--model", "factory:config", *rest)
+    with pytest.raises(OnnxError, match="factory:Case failed: TypeError"):
+        call("export", "--model", "factory:Case", *rest)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a valid JSON"),
+        ('{"model_type": "nonesuch"}', "nonesuch"),
+        ('{"model_type": "llama", "architectures": ["Nope"]}', "transformers has no 'Nope'"),
+    ],
+)
+def test_transformers_configs_that_are_none(text, message, checkpoint, tmp_path):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(OnnxError, match=rf"config\.json: .*{message}"):
+        call("export", "--checkpoint", checkpoint, "--input", "1,6", "--out", tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("shape", ["", "1,x", "0,3", "f:1,3"])
