@@ -1,6 +1,7 @@
 """The one check command, for developers and for CI: ``python tools/check.py [--only NAME ...]``."""
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -34,6 +35,13 @@ def check_layers() -> bool:
     return run_on_package(BIN / "lint-imports", "--config", ROOT / "pyproject.toml", "--no-cache")
 
 
+def check_kernels() -> bool:
+    """What the compiler makes of the kernels; nothing where there is no triton."""
+    if importlib.util.find_spec("triton") is None:
+        return True
+    return run(sys.executable, "tools/kernel_report.py", "--check")
+
+
 def check_tests() -> bool:
     """The test suite, the README's code blocks included."""
     return run(sys.executable, "-m", "pytest")
@@ -44,6 +52,7 @@ CHECKS = {
     "lint": check_lint,
     "types": check_types,
     "layers": check_layers,
+    "kernels": check_kernels,
     "tests": check_tests,
 }
 
@@ -68,13 +77,15 @@ def run_on_package(*command: str | Path) -> bool:
 def main() -> int:
     """Run the chosen checks, all of them even if one fails; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, metavar="NAME")
+    # The kernel report takes minutes and is red for known configurations: it runs on request.
+    usual = [name for name in CHECKS if name != "kernels"]
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=usual, metavar="NAME")
     summary = []
     for name in parser.parse_args().only:
         start = time.perf_counter()
         passed = CHECKS[name]()
         seconds = time.perf_counter() - start
-        summary.append((passed, f"{'ok' if passed else 'FAILED':6}  {name:6}  {seconds:6.1f} s"))
+        summary.append((passed, f"{'ok' if passed else 'FAILED':6}  {name:7}  {seconds:6.1f} s"))
     print(*(line for _, line in summary), sep="\n")
     return 0 if all(passed for passed, _ in summary) else 1
 
