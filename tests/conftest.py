@@ -30,6 +30,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-matrix",
+        action="store_true",
+        help="every case of tests/onnx/test_matrix.py (704, about 40 minutes on one core) and of "
+        "tests/test_compile.py (252)",
+    )
+
+
 def pytest_terminal_summary(terminalreporter):
     if line := oracle.summary():
         terminalreporter.write_line(line)

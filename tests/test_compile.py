@@ -77,7 +77,7 @@ def train(run, model, shape, steps=10):
 
 
 FULL = [(m, c, b, t) for m in MODELS for c in CONFIGS for b in BACKENDS for t in (False, True)]
-CI = {
+CI = {  # every config, both models, every backend; all of FULL by pytest --full-matrix
     ("linear", "everything", "inductor", True),
     ("conv", "everything, dynamic", "inductor", False),
     ("conv", "fast", "inductor", False),
@@ -87,12 +87,14 @@ CI = {
 }
 
 
-@pytest.mark.parametrize(("kind", "config", "backend", "tiles"), FULL)
-def test_ten_compiled_steps_are_ten_eager_ones(request, kind, config, backend, tiles):
-    if (kind, config, backend, tiles) not in CI and not request.config.getoption(
-        "--full-matrix", False
-    ):
-        pytest.skip("one of the full matrix")
+def pytest_generate_tests(metafunc):
+    names = ("kind", "config", "backend", "tiles")
+    if names[-1] in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full-matrix")
+        metafunc.parametrize(names, FULL if full else sorted(CI))
+
+
+def test_ten_compiled_steps_are_ten_eager_ones(kind, config, backend, tiles):
     make, shape = MODELS[kind]
     eager, model = twins(make, merged(CONFIGS[config], TILES if tiles else {}))
     compiled = torch.compile(model, fullgraph=True, backend=backend)

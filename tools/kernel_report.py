@@ -207,7 +207,8 @@ def examine_all(
     """
     with ThreadPoolExecutor(workers) as pool:
         reports = pool.map(lambda job: of(*job), jobs)
-        return list(tqdm(reports, total=len(jobs), desc="compiling", unit="kernel", leave=False))
+        bar = tqdm(reports, "compiling", len(jobs), leave=False, disable=None, unit="kernel")
+        return list(bar)
 
 
 def table(jobs: Iterable[Job], reports: Iterable[Report]) -> str:

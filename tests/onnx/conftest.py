@@ -1,14 +1,6 @@
-"""The matrix of exports: all of it on request, and what it counted."""
+"""What the matrix of exports counted."""
 
 import onnx_compare
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--full-matrix",
-        action="store_true",
-        help="export every config, model and level (704 cases, about 40 minutes on one core)",
-    )
 
 
 def pytest_terminal_summary(terminalreporter):

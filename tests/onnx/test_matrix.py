@@ -32,13 +32,13 @@ def part():
 def pytest_generate_tests(metafunc):
     if "case" not in metafunc.fixturenames:
         return
-    full = metafunc.config.getoption("--full-matrix", default=False)
+    full = metafunc.config.getoption("--full-matrix")
     chosen = cases.matrix() if full else list(part())
     metafunc.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case)))
 
 
 def test_a_file_gives_what_the_model_gives_but_at_ties(case, tmp_path, request):
-    full = request.config.getoption("--full-matrix", default=False)
+    full = request.config.getoption("--full-matrix")
     found = case.check(tmp_path, verify=full)
     onnx_compare.SEEN[case.level] = onnx_compare.SEEN.get(case.level, onnx_compare.Found()) + found
     assert found.values > 0
