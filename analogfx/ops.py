@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.compiled import keep_in_order, keep_result, order_in_inductor
+from analogfx.compiled import (
+    differentiable,
+    draws_by_sample,
+    keep_in_order,
+    keep_result,
+    order_in_inductor,
+)
 from analogfx.kernels import conv, dispatch, linear, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
@@ -42,11 +48,10 @@ def _define(
     _library.define(f"{name}({arguments}) -> {returns}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"analogfx::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"analogfx::{name}", backward, setup_context=setup, lib=_library
-        )
     op = getattr(torch.ops.analogfx, name).default
+    if backward is not None:
+        assert setup is not None
+        _library.impl(name, differentiable(op, setup, backward), "Autograd", with_keyset=True)
     for key in _AUTOCAST:
 
         def below_autocast(*args: Any, _key: Any = key, _op: Any = op) -> Any:
@@ -126,6 +131,7 @@ _define(
 )
 keep_in_order(torch.ops.analogfx.draw_seed.default, _library)
 keep_result(torch.ops.analogfx.draw_seed.default, _library)
+draws_by_sample(torch.ops.analogfx.draw_seed.default, _library)
 
 _define(
     "normal_like",
@@ -149,6 +155,19 @@ _define(
 )
 
 keep_result(torch.ops.analogfx.update_range.default, _library)
+
+# What a parameter holds once an update is stored in it. Not read from the parameter: a compiled
+# checkpoint's backward would read what later calls have stored there.
+_define(
+    "stored_range",
+    "Tensor input_range, Tensor new",
+    "Tensor",
+    lambda input_range, new: new.clone(),
+    lambda input_range, new: torch.empty_like(new),
+    lambda ctx, inputs, output: None,
+    lambda ctx, grad: (grad, None),  # to the parameter that holds the range
+)
+keep_result(torch.ops.analogfx.stored_range.default, _library)
 
 _define(
     "dynamic_range",

@@ -22,6 +22,7 @@ from analogfx.capture import (
     source,
     takes_constants,
 )
+from analogfx.compiled import in_transform
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
 from analogfx.errors import CaptureError
 from analogfx.passes import pipeline
@@ -229,7 +230,17 @@ class Placement:
         return program
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module's graph for its mode."""
+        """Run the module's graph for its mode.
+
+        Raises:
+            RuntimeError: under ``torch.func``, which cannot store what ranges learn from the data.
+        """
+        if module.training and self.resolved.has_state and in_transform():
+            raise RuntimeError(
+                f"{self.name or type(module).__name__}: in training its input range follows the "
+                "data, which torch.func and torch.vmap cannot store: call eval(), or use "
+                "backward() or torch.autograd.grad() instead"
+            )
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, module.training, pattern)
         run = program.explicit if _explicit else program.fused

@@ -1,8 +1,9 @@
 """insert: around every chosen product the nodes of its pre-processing, tile and post-processing.
 
 Written for one tile that holds the whole weight; ``map_tiles`` cuts it. In training the running
-statistics are updated first, functionally, and stored by ``copy_``; what is used is a copy, so
-that the backward uses the range that this forward used whatever happens to the parameter.
+statistics are updated first, functionally, and stored by ``copy_``; what is used is the update
+itself, so that the backward uses the range that this forward used whatever happens to the
+parameter.
 """
 
 from __future__ import annotations
@@ -145,10 +146,11 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
         config.init_std_alpha,
         config.momentum,
     )
-    for number, place in enumerate(stored):
-        new = emit.call("state", operator.getitem, updated, number)
+    news = [emit.call("state", operator.getitem, updated, i) for i in range(len(stored))]
+    for place, new in zip(stored, news, strict=True):
         emit.call("store", torch.ops.aten.copy_.default, place, new)
-    return emit.method("range", "abs", emit.method("state", "clone", parameter))
+    used = emit.call("state", dialect.stored_range.default, parameter, news[0])
+    return emit.method("range", "abs", used)
 
 
 def _seed(emit: Emitter, x: Node) -> Node:

@@ -192,26 +192,26 @@ def test_draws_that_look_alike_stay_apart(config, backend, gradients):
         assert (one - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "checkpointed",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="open: draws differ from eager's")),
-    ],
-    ids=["plain", "checkpointed"],
-)
 @pytest.mark.parametrize("config", ["output noise", "everything"])
-def test_parallel_branches_draw_in_the_programs_order(config, checkpointed):
-    eager, model = twins(lambda: Branches(checkpointed), CONFIGS[config])
+def test_parallel_branches_draw_in_the_programs_order(config):
+    eager, model = twins(Branches, CONFIGS[config])
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     expected, actual = train(eager, eager, (3, 6), 4), train(compiled, model, (3, 6), 4)
     torch.testing.assert_close(actual, expected, **SAME)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_checkpoint_uses_the_same_noise_again(backend):
-    plain, _ = twins(Branches, CONFIGS["weight noise"])
-    _, model = twins(lambda: Branches(True), CONFIGS["weight noise"])
+CHECKPOINTED = [
+    *((backend, config) for backend in ("aot_eager", "inductor")
+      for config in ("weight noise", "everything")),
+    ("aot_eager", "fast"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "config"), CHECKPOINTED)
+def test_a_compiled_checkpoint_is_the_plain_model(backend, config):
+    # Of one without a checkpoint: an eager one computes again with ranges that later calls set.
+    plain, _ = twins(Branches, CONFIGS[config])
+    _, model = twins(lambda: Branches(True), CONFIGS[config])
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     expected, actual = train(plain, plain, (3, 6), 3), train(compiled, model, (3, 6), 3)
     torch.testing.assert_close(actual, expected, **SAME)
@@ -284,7 +284,11 @@ def test_make_fx(level, training):
     torch.testing.assert_close(traced(x), expected, **SAME)
 
 
+FUNCTORCH_IS_SLOW = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
 @levels()
+@FUNCTORCH_IS_SLOW
 def test_vmap(level):
     _, model = (m.eval() for m in twins(mlp, EVERYTHING))
     x = inputs((4, 3, 8), 0)
@@ -293,7 +297,73 @@ def test_vmap(level):
     torch.testing.assert_close(mapped, model(x), **SAME)
 
 
-@pytest.mark.xfail(reason="open: AOTInductor does not package every eval model yet")
+def loss_of(model):
+    """A function of parameters and an input, as torch.func wants it."""
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    return loss, {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, x):
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = model(x).square().mean()
+    return dict(zip(parameters, torch.autograd.grad(loss, [*parameters.values()]), strict=True))
+
+
+@levels()
+@pytest.mark.parametrize(
+    ("config", "training"),
+    [("everything", False), ("learned clip", False), ("everything, dynamic", True)],
+)
+def test_func_grad(config, training, level):
+    make = cnn if config == "everything" else mlp
+    model = twins(make, CONFIGS[config])[0].train(training)
+    loss, parameters = loss_of(model)
+    x = inputs(MODELS["conv" if make is cnn else "linear"][1], 0)
+    with level():
+        torch.manual_seed(0)
+        found = torch.func.grad(loss)(parameters, x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, gradients(model, x), **SAME)
+
+
+@levels()
+@FUNCTORCH_IS_SLOW
+def test_gradients_by_sample(level):
+    model = twins(mlp, merged(EVERYTHING, TILES))[0].eval()
+    loss, parameters = loss_of(model)
+    x = inputs((4, 3, 8), 0)
+    with level():
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for number, sample in enumerate(x):
+        expected = gradients(model, sample)
+        torch.testing.assert_close({n: g[number] for n, g in found.items()}, expected, **SAME)
+
+
+@levels()
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev])
+def test_ranges_that_follow_the_data_are_refused_under_torch_func(transform, level):
+    model, _ = twins(mlp, EVERYTHING)
+    with level(), pytest.raises(RuntimeError, match=r"first: in training .* call eval\(\), or use"):
+        transform(model)(inputs((4, 3, 8), 0))
+
+
+@FUNCTORCH_IS_SLOW
+def test_noise_under_vmap_is_as_its_randomness_says():
+    model, _ = twins(mlp, CONFIGS["weight noise"])
+    x = inputs((3, 8), 0).expand(4, 3, 8)
+    same = torch.vmap(model, randomness="same")(x)
+    different = torch.vmap(model, randomness="different")(x)
+    assert torch.equal(same[0], same[1])
+    assert (different[0] - different[1]).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match='ask for "different" or "same", or call eval'):
+        torch.vmap(model)(x)
+
+
+# Of torch's own, while it copies an exported program.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 def test_an_eval_model_is_packaged_by_aotinductor(tmp_path):
     model = analogfx.analogize(mlp(), merged(EVERYTHING, TILES)).eval()
     x = inputs((3, 8), 0).float()
