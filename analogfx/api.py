@@ -19,7 +19,7 @@ from analogfx.errors import CaptureError
 from analogfx.module import AnalogModule, close_fast_paths, open_fast_paths, swap, unswap
 from analogfx.passes.contract import Decision
 from analogfx.program import Placement, Program, build, check_same_sites
-from analogfx.report import Report, SiteReport, check_strict
+from analogfx.report import Report, SiteReport, check_strict, site_name
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -182,9 +182,8 @@ def _check_names(module: nn.Module, program: Program) -> None:
 
 def _site_report(path: str, decision: Decision, several: bool, left: Chosen | None) -> SiteReport:
     """A pass's decision under the module's path; ``left`` where the config decided before it."""
-    named = several or decision.name != "weight"
     return SiteReport(
-        name=".".join(filter(None, (path, decision.name if named else ""))) or decision.name,
+        name=site_name(path, decision.name, several),
         kind=decision.kind,
         weight_shape=decision.weight_shape,
         tile_grid=decision.tile_grid,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
@@ -80,48 +80,73 @@ class Report:
         return "\n".join(lines)
 
 
+def site_name(module: str, parameter: str, several: bool) -> str:
+    """The name of a site: its module's path, and what it multiplies by where that is not clear.
+
+    Args:
+        parameter: the parameter's name from the module.
+        several: whether the module has more than one product.
+    """
+    named = several or parameter != "weight"
+    return ".".join(filter(None, (module, parameter if named else ""))) or parameter
+
+
+@dataclass(frozen=True)
+class CompiledSite:
+    """A product of a graph of a compiled model."""
+
+    module: str
+    """Path of the module that multiplies."""
+    derivation: str
+    """How the weight is computed: a module may multiply by several parts of a parameter."""
+    site: SiteReport
+    """Under the parameter's name from the module."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from other products; a graph that is compiled again says it again."""
+        return self.module, self.site.name, self.derivation, self.site.kind
+
+
 @dataclass
 class _Compiled:
     """What is known of a digital model that a compiler makes analog graph by graph."""
 
-    sites: dict[tuple[str, str, str], SiteReport] = field(default_factory=dict)
-    """By name, kind and pass: a graph that is compiled again says the same again."""
+    sites: dict[tuple[str, ...], CompiledSite] = field(default_factory=dict)
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """The parameters that graphs contain."""
 
     def report(self, model: nn.Module) -> Report:
         """The products of all graphs so far, and those that none has contained."""
-        known = [*self.sites.values()]
-        several = Counter(site.name.rpartition(".")[0] for site in known)
-        named = [_at_module(s, several[s.name.rpartition(".")[0]] > 1) for s in known]
-        return Report((*named, *_unseen(model, self.seen)))
+        return Report((*_named(self.sites.values()), *_unseen(model, self.seen)))
 
 
 _compiled: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
 
 
 def note_compiled(
-    model: nn.Module | None, sites: Iterable[SiteReport], parameters: Iterable[Tensor]
+    model: nn.Module | None, sites: Iterable[CompiledSite], parameters: Iterable[Tensor]
 ) -> Report:
     """Add what was decided about one graph of a compiled digital model, and return all so far.
 
     Args:
         model: None for a bare function, of which nothing is kept.
-        sites: products, by the paths of their parameters.
         parameters: those that the graph contains.
     """
     if model is None:
-        return Report(tuple(sites))
+        return Report(_named([*sites]))
     known = _compiled.setdefault(model, _Compiled())
-    known.sites.update(((s.name, s.kind, s.decided_by), s) for s in sites)
+    known.sites.update((s.key, s) for s in sites)
     known.seen.update((p, True) for p in parameters)
     return known.report(model)
 
 
-def _at_module(site: SiteReport, several: bool) -> SiteReport:
-    """A site by the name that analogize() gives it: the module's, where it is the only one."""
-    module, _, parameter = site.name.rpartition(".")
-    return replace(site, name=module) if module and parameter == "weight" and not several else site
+def _named(sites: Collection[CompiledSite]) -> tuple[SiteReport, ...]:
+    """Sites by the names that analogize() gives them."""
+    count = Counter(s.module for s in sites)
+    return tuple(
+        replace(s.site, name=site_name(s.module, s.site.name, count[s.module] > 1)) for s in sites
+    )
 
 
 def _unseen(model: nn.Module, seen: WeakTensorKeyDictionary) -> Iterator[SiteReport]:

@@ -163,6 +163,17 @@ def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
     )
 
 
+_ORIGIN = ("nn_module_stack", "from_fused", "recompute", "ac_graph_id")
+
+
+def keep_origin(node: Node, origin: Node) -> None:
+    """Note on a node what a compiler has noted on the one that it stands for.
+
+    The module that it belongs to, and whether a backward computes it again.
+    """
+    node.meta |= {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
+
+
 def linear_node(graph: Graph, kind: str, x: Any, weight: Node, bias: Any = None) -> Node:
     """A canonical linear product: ``F.linear(x, weight (O, I), bias)``."""
     node = graph.call_function(F.linear, (x, weight, bias))

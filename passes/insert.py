@@ -19,7 +19,7 @@ from analogfx import ops
 from analogfx.config import Resolved
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
-from analogfx.passes.contract import Context, Site
+from analogfx.passes.contract import Context, Site, keep_origin
 from analogfx.passes.normalize import CONVOLUTIONS
 from analogfx.passes.stationary import weight_value
 
@@ -37,6 +37,7 @@ class Emitter:
 
     def _made(self, node: Node, role: str) -> Node:
         node.meta["made"] = (self.site.index, role)
+        keep_origin(node, self.site.product)
         return node
 
     def call(self, role: str, target: Any, *args: Any) -> Node:

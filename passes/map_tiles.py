@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from analogfx.passes.contract import Context, Site
+from analogfx.passes.contract import Context, Site, keep_origin
 
 # Nodes that every tile has its own of; the rest of a site is computed once.
 PER_TILE = {
@@ -69,6 +69,7 @@ def _cut(graph: Graph, site: Site) -> bool:
             else:
                 total = graph.call_function(operator.add, (total, y))
                 total.meta["made"] = (site.index, "accumulate")
+                keep_origin(total, site.product)
             start += size
     assert total is not None
     last.replace_all_uses_with(total, delete_user_cb=lambda user: user not in chain)
@@ -107,4 +108,5 @@ def _slice(graph: Graph, site: Site, node: Node, start: int, size: int) -> Node:
         return node
     new = graph.call_function(torch.narrow, (node, -1, start, size))
     new.meta["made"] = (site.index, "slice")
+    keep_origin(new, site.product)
     return new

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from analogfx.passes.contract import Context, Refused, linear_node, refuse, sweep
+from analogfx.passes.contract import (
+    Context,
+    Refused,
+    keep_origin,
+    linear_node,
+    refuse,
+    sweep,
+)
 from analogfx.passes.einsum import normalize_einsum
 from analogfx.passes.stationary import propagate_stationary, weight_value
 
@@ -232,11 +239,10 @@ def _unmapped_product(node: Node) -> str:
 
 
 def _keep_origin(node: Node, before: Node) -> None:
-    """Note on what a rewrite put before a node which module the node came from."""
+    """Note on what a rewrite put before a node where the node came from."""
     made = node.prev
     while made is not before:
-        if "nn_module_stack" in node.meta:
-            made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+        keep_origin(made, node)
         made = made.prev
 
 

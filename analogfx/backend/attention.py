@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, Proxy
+from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
+
+from analogfx.passes.contract import keep_origin
 
 
 def expand_attention(graph: Graph) -> int:
@@ -28,14 +30,28 @@ def expand_attention(graph: Graph) -> int:
                 (node.args, node.kwargs),
                 lambda a: Proxy(a, tracer) if isinstance(a, torch.fx.Node) else a,  # type: ignore
             )
+            before = node.prev
             with graph.inserting_before(node):
                 out = rule(*operands[0], **operands[1])
             if out is None:
                 continue
+            _note_origin(node, before)
             node.replace_all_uses_with(out.node)
             graph.erase_node(node)
             count += 1
     return count
+
+
+def _note_origin(call: Node, before: Node) -> None:
+    """Note on what stands for a call where it comes from.
+
+    Each projection belongs to the module that holds its weight, on all ways to compute it.
+    """
+    made = call.prev
+    while made is not before:
+        keep_origin(made, call)
+        made.meta["from_fused"] = True
+        made = made.prev
 
 
 def attend(

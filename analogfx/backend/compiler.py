@@ -12,17 +12,18 @@ from torch.fx import Graph, GraphModule
 
 from analogfx.backend import graph as dynamo
 from analogfx.backend.attention import expand_attention
-from analogfx.backend.context import DynamoContext
+from analogfx.backend.context import DynamoContext, derivation
 from analogfx.backend.feed import Feed, Product
 from analogfx.backend.frozen import Folded
 from analogfx.backend.options import Options, parse
+from analogfx.backend.state import Place
 from analogfx.errors import ConfigError, Conflict
 from analogfx.module import AnalogModule
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision
 from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
-from analogfx.report import SiteReport
+from analogfx.report import CompiledSite, SiteReport
 
 After = Callable[[str, Graph, int], None]
 
@@ -151,9 +152,9 @@ def _check(options: Options, context: DynamoContext) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    root = context.root
-    analog = root is not None and any(isinstance(m, AnalogModule) for m in root.modules())
-    if options.rpu_config is None and root is not None and not analog:
+    models = [context.root] if context.root is not None else dynamo.models_of(context.weights)
+    analog = any(isinstance(m, AnalogModule) for model in models for m in model.modules())
+    if options.rpu_config is None and (models or context.weights) and not analog:
         valid = "a config: the model is digital (or pass what analogize() returned)"
         raise ConfigError([Conflict("options['rpu_config']", None, valid)])
     if options.rpu_config is not None and analog:
@@ -173,7 +174,7 @@ def _feed(module: GraphModule, context: DynamoContext, options: Options) -> Feed
     weights = [placeholders.index(node) for node in context.weights.values()]
     feed = Feed(context.slots, products, weights)
     examples = [context.real(node) for node in placeholders]
-    placed = feed.note(context.root, [p.site for p in products], examples)
+    placed = feed.note(context.root, examples)
     if options.report and products:
         print(placed)
     return feed
@@ -181,6 +182,7 @@ def _feed(module: GraphModule, context: DynamoContext, options: Options) -> Feed
 
 def _products(module: GraphModule, context: DynamoContext) -> Iterator[Product]:
     placeholders = module.graph.find_nodes(op="placeholder")
+    analog = {id(s.decision): (s.product, derivation(s.weight)) for s in context.sites}
     for node in module.graph.nodes:
         decision: Decision | None = node.meta.get("decision")
         if decision is None:
@@ -191,7 +193,11 @@ def _products(module: GraphModule, context: DynamoContext) -> Iterator[Product]:
             chosen = context.chosen(node, weight)
             if chosen.config is None:
                 site = replace(site, reason=chosen.reason, asked=chosen.asked)
-        yield Product(site, placeholders.index(weight))
+        product, computed = analog.get(id(decision), (node, ""))
+        place = context.place(product, weight)
+        module, parameter = place.parts(decision.name)
+        named = CompiledSite(module, computed, replace(site, name=parameter))
+        yield Product(named, placeholders.index(weight), place)
 
 
 def _hidden(module: GraphModule) -> list[Product]:
@@ -202,6 +208,7 @@ def _hidden(module: GraphModule) -> list[Product]:
         for decision in pipeline.decisions(graph):
             reason = f"inside {name}, whose graph the passes do not enter"
             warnings.warn(f"{decision.name} stays digital: it is {reason}", stacklevel=2)
-            left = replace(decision, reason=reason, decided_by="capture")
-            found.append(Product(SiteReport(**vars(left)), None))
+            path, parameter = Place().parts(decision.name)
+            left = replace(decision, name=parameter, reason=reason, decided_by="capture")
+            found.append(Product(CompiledSite(path, name, SiteReport(**vars(left))), None, Place()))
     return found

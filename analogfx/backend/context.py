@@ -13,11 +13,11 @@ from torch.fx import Graph, GraphModule, Node
 from analogfx.backend import graph as dynamo
 from analogfx.backend.configs import Configs, configs_of, refuse_learned
 from analogfx.backend.options import Options
-from analogfx.backend.state import Home, Names, Slot, state_of
+from analogfx.backend.state import Home, Names, Place, Slot, state_of
 from analogfx.choose import Chosen
 from analogfx.config import Resolved
 from analogfx.passes.contract import Context, Site
-from analogfx.passes.stationary import sources, without_cast
+from analogfx.passes.stationary import without_cast
 
 
 @dataclass
@@ -68,9 +68,12 @@ class DynamoContext(Context):
         return self._owner(self.parameter(product.args[1])).module.training
 
     def parameter(self, weight: Any) -> Node:
-        """The input that a weight is computed from; the largest of several."""
-        read = [n for n in sources(weight) if n.op == "placeholder" and n.meta.get("parameter")]
-        return max(read, key=lambda n: n.meta["stationary"].numel())
+        """The input that a weight is computed from; of several the one that names its state."""
+        return self.weights[weight.meta["parameter"]]
+
+    def place(self, product: Node, weight: Node) -> Place:
+        """Where the module is that multiplies by the parameter of an input."""
+        return self.names.locate(dynamo.example(weight), self._module(product, weight))
 
     def _module(self, product: Node, node: Node) -> nn.Module:
         """The module that multiplies, or the one that owns the weight."""
@@ -95,15 +98,11 @@ class DynamoContext(Context):
         node = self.parameter(site.weight)
         position = graph.find_nodes(op="placeholder").index(node)
         weight, module = dynamo.example(node), self._module(site.product, node)
-        slot = Slot(
-            derivation(site.weight),
-            len(site.in_sizes),
-            site.config,
-            *self.names.locate(weight, module),
-        )
+        place = self.names.locate(weight, module)
+        slot = Slot(derivation(site.weight), len(site.in_sizes), site.config, place)
         if (position, slot) not in self.slots:
-            own = str(node.meta["parameter"]).split(".")[-slot.above :]
-            home = self.names.home(weight, slot) or Home(module, ".".join(own))
+            own = place.parts(str(node.meta["parameter"]))[1]
+            home = self.names.home(weight, place) or Home(module, own)
             self.slots[position, slot] = [
                 self._add_state(graph, f"state_{len(self.slots)}_{number}", tensor)
                 for number, tensor in enumerate(state_of(weight, slot, lambda: home).tensors())
@@ -152,6 +151,7 @@ def derivation(weight: Node) -> str:
     """How a weight is computed from its parameters, as a text."""
     weight = without_cast(weight)
     if weight.op == "placeholder":
-        return str(weight.meta.get("parameter") or weight.name).rpartition(".")[2]
+        path = weight.meta.get("parameter")
+        return weight.name if path is None else path.rpartition(".")[2]
     name = weight.target if isinstance(weight.target, str) else weight.target.__name__
     return f"{name}{torch.fx.node.map_arg(weight.args, derivation)}"

@@ -16,17 +16,27 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.backend import graph as dynamo
-from analogfx.backend.state import Names, Slot, state_of
-from analogfx.report import Report, SiteReport, note_compiled
+from analogfx.backend.state import Names, Place, Slot, state_of
+from analogfx.report import CompiledSite, Report, note_compiled
 
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a graph, as it was reported for the model that it was traced in."""
+    """One product of a graph, for every model whose code is the same."""
 
-    site: SiteReport
+    site: CompiledSite
+    """As it was reported for the model that the graph was traced in."""
     position: int | None
     """Which input is the parameter; None where an op's inner graph hides it."""
+    place: Place
+
+    def of(self, names: Names, args: Sequence[Any]) -> CompiledSite:
+        """The product in the model that a call belongs to."""
+        found = None if self.position is None else names.at(args[self.position], self.place)
+        if found is None:
+            return self.site
+        module, parameter = found
+        return replace(self.site, module=module, site=replace(self.site.site, name=parameter))
 
 
 class Feed:
@@ -57,7 +67,7 @@ class Feed:
             nonlocal names
             if names is None:
                 names = Names(dynamo.compiled_root())
-            return names.home(weight, slot)
+            return names.home(weight, slot.place)
 
         found: list[Tensor] = []
         for position, slot in self.slots:
@@ -69,18 +79,12 @@ class Feed:
         """Tell the report of a model that calls the graph for the first time."""
         if not self.parameters or args[self.parameters[0]] in self._seen:
             return
-        model = dynamo.compiled_root()
-        names = Names(model)
-        placed = []
-        for product in self.products:
-            weight = None if product.position is None else args[product.position]
-            known = names.of.get(id(weight), ())
-            placed.append(replace(product.site, name=known[0]) if known else product.site)
-        self.note(model, placed, args)
+        self.note(dynamo.compiled_root(), args)
 
-    def note(self, model: nn.Module | None, sites: Iterable[SiteReport], args: Any) -> Report:
+    def note(self, model: nn.Module | None, args: Sequence[Any]) -> Report:
         """Note the products of a graph, and the parameters that it contains."""
         weights = [args[i] for i in self.parameters]
         if weights:
             self._seen[weights[0]] = True
-        return note_compiled(model, sites, weights)
+        names = Names(model)
+        return note_compiled(model, [p.of(names, args) for p in self.products], weights)

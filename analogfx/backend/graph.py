@@ -12,7 +12,7 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -89,7 +89,7 @@ def mark_weights(graph: Graph, names: dict[int, str]) -> dict[str, Node]:
         stand_in = torch.empty_strided(
             value.shape, value.stride(), dtype=value.dtype, device="meta"
         )
-        path = names.get(id(value)) or _path(source_of(node))
+        path = names.get(id(value)) or _path(source_of(node)) or source_of(node)
         mark_stationary(node, stand_in, path if is_parameter else None)
         if is_parameter:
             found[path] = node
@@ -126,16 +126,32 @@ def module_of(product: Node, parameter: Tensor) -> nn.Module | None:
 
     Of two modules that share a weight it tells which one multiplies.
     """
-    stack = product.meta.get("nn_module_stack") or {}
-    if not stack:
+    if product.meta.get("from_fused"):
         return None
+    stack = product.meta.get("nn_module_stack")
+    module = _on_top(stack) if stack else _traced()
+    if module is None or not any(p is parameter for p in module.parameters()):
+        return None
+    return module
+
+
+def _on_top(stack: dict[str, Any]) -> nn.Module | None:
+    """The innermost module of Dynamo's notes on a node."""
     base, _, path = str([*stack.values()][-1][0]).partition("]")
     module = _evaluate(f"{base}]")
     try:
-        module = module.get_submodule(path.lstrip("."))
+        return module.get_submodule(path.lstrip("."))
     except AttributeError:
         return None
-    return module if any(p is parameter for p in module.parameters()) else None
+
+
+def _traced() -> nn.Module | None:
+    """The module whose forward Dynamo traces: on code of its own there is no note."""
+    scope = InstructionTranslator.current_tx().output.local_scope
+    # Behind a graph break the frame starts with values that Dynamo has put there.
+    own = (value for name, value in scope.items() if not name.startswith("__"))
+    first = next(own, None)
+    return first if isinstance(first, nn.Module) else None
 
 
 def owner_of(node: Node) -> Owner:
@@ -144,18 +160,27 @@ def owner_of(node: Node) -> Owner:
     Raises:
         CaptureError: Dynamo reached the parameter by another way than through its module.
     """
-    source = node.meta["grapharg"].source
-    while source is not None:
-        source = getattr(source, "base", None)
-        if source is None:
-            break
-        value = _evaluate(str(source.name))
-        if isinstance(value, nn.Module):
-            return Owner(value, source)
+    for owner in _holders(node):
+        return owner
     raise CaptureError(
         f"{source_of(node)}: cannot tell which module holds this parameter, so not whether it "
         "is in training mode: reach it through its module, or use analogize()"
     )
+
+
+def models_of(weights: Mapping[str, Node]) -> list[nn.Module]:
+    """The outermost modules that a function reaches its parameters through."""
+    found = {[*holders][-1].module: None for w in weights.values() if (holders := [*_holders(w)])}
+    return [*found]
+
+
+def _holders(node: Node) -> Iterator[Owner]:
+    """The modules that hold the parameter of an input, the innermost first."""
+    source = node.meta["grapharg"].source
+    while (source := getattr(source, "base", None)) is not None:
+        value = _evaluate(str(source.name))
+        if isinstance(value, nn.Module):
+            yield Owner(value, source)
 
 
 def _evaluate(expression: str) -> Any:

@@ -9,8 +9,8 @@ both ways.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,24 @@ from analogfx.passes.contract import StateNames
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the module is that multiplies by a parameter, seen from the parameter.
+
+    It is the same for every module whose code is the same, as a path is not.
+    """
+
+    holder: int = 0
+    """Which of the names that the parameter has in the model leads to the module."""
+    above: int = 1
+    """How many parts of that name come after the module's path."""
+
+    def parts(self, name: str) -> tuple[str, str]:
+        """The module's path, and the parameter's name from there."""
+        parts = name.split(".")
+        return ".".join(parts[: -self.above]), ".".join(parts[-self.above :])
+
+
+@dataclass(frozen=True)
 class Slot:
     """One use of a weight, in terms that hold for every module whose code is the same."""
 
@@ -33,10 +51,7 @@ class Slot:
     """How the weight is computed from its parameter."""
     tiles: int
     config: Resolved
-    holder: int = 0
-    """Which of the names that the parameter has in the model leads to the module."""
-    above: int = 1
-    """How many parts of that name come after the module's path."""
+    place: Place = Place()
 
 
 @dataclass(frozen=True)
@@ -99,12 +114,92 @@ def _precision(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-_Uses = dict[tuple[str, Slot], RangeState]
+@dataclass
+class _Ranges:
+    """What is kept for one module."""
 
-_by_module: WeakKeyDictionary[nn.Module, _Uses] = WeakKeyDictionary()
+    uses: dict[tuple[str, Slot], RangeState] = field(default_factory=dict)
+    """By the parameter's name, and how it is used."""
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+    """State that was loaded for the module, by its names there, perhaps before it ran."""
+    path: str = ""
+    """The module's path when that was, for messages."""
+
+    def named(self) -> Iterator[tuple[list[StateNames], RangeState]]:
+        """Every state with the names that it may have, the likeliest first."""
+        seen: Counter[str] = Counter()
+        for (parameter, _), state in self.uses.items():
+            stem = parameter.replace(".", "_")
+            seen[stem] += 1
+            number = f"_{seen[stem]}" if seen[stem] > 1 else ""
+            of_several, of_one = StateNames(f"{stem}{number}_"), StateNames()
+            # If the module's other products have not run, the names may be those of several, too.
+            yield ([of_one, of_several] if len(self.uses) == 1 else [of_several]), state
+
+    def load(self, loaded: dict[str, Tensor], path: str) -> None:
+        """Take state for the module; nothing of it if it does not fit.
+
+        Raises:
+            PlacementError: see :meth:`matched`; or it is for one product, and there are several.
+        """
+        named_alike = [n for n in RangeState.names() if n in loaded]
+        if named_alike and len(self.uses) > 1:
+            valid = " or ".join(repr(names[0].input_range) for names, _ in self.named())
+            raise PlacementError(
+                f"{path or 'the model'}: the state has {named_alike[0]!r}, of a single product, "
+                f"and the module multiplies by {len(self.uses)} weights: rename it to {valid}"
+            )
+        matched = [*self.matched(loaded, path, self.uses.values())]
+        self.loaded, self.path = loaded, path
+        _copy(matched)
+
+    def use(self, parameter: str, slot: Slot, weight: Tensor) -> RangeState:
+        """The state of one use, from what was loaded if there is such.
+
+        Raises:
+            PlacementError: see :meth:`matched`.
+        """
+        key = parameter, slot
+        if key not in self.uses:
+            self.uses[key] = made = RangeState.initial(slot, weight)
+            try:
+                _copy(self.matched(self.loaded, self.path, [made]))
+            except PlacementError:
+                del self.uses[key]
+                raise
+        return self.uses[key]
+
+    def matched(
+        self, loaded: Mapping[str, Tensor], path: str, states: Iterable[RangeState]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is kept of some states, each with what was loaded for it.
+
+        Raises:
+            PlacementError: it is for another number of tiles.
+        """
+        wanted = [*map(id, states)]
+        for names, state in self.named():
+            found = (item for n in names for item in state.named(n).items())
+            for name, value in found if id(state) in wanted else ():
+                if name not in loaded:
+                    continue
+                if value.shape != loaded[name].shape:
+                    raise PlacementError(
+                        f"{path + '.' if path else ''}{name}: the state loaded is for "
+                        f"{loaded[name].numel()} tiles, the config cuts the weight into "
+                        f"{value.numel()}"
+                    )
+                yield value, loaded[name]
+
+
+def _copy(matched: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for value, loaded in matched:
+            value.copy_(as_state(loaded, value))
+
+
+_by_module: WeakKeyDictionary[nn.Module, _Ranges] = WeakKeyDictionary()
 _by_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> {Slot: RangeState}
-_loaded: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-"""State that was loaded for a module, by its names there, perhaps before the model ran."""
 
 
 def state_of(weight: Tensor, slot: Slot, home: Callable[[], Home | None]) -> RangeState:
@@ -128,48 +223,8 @@ def _state_at(home: Home | None, weight: Tensor, slot: Slot) -> RangeState:
     with torch.inference_mode(False):
         if home is None:
             return RangeState.initial(slot, weight)
-        uses = _by_module.setdefault(home.module, {})
-        use = home.parameter, slot
-        if use not in uses:
-            uses[use] = RangeState.initial(slot, weight)
-            _fill(home.module, only=uses[use])
-        return uses[use]
-
-
-def _named_uses(module: nn.Module) -> Iterator[tuple[list[StateNames], RangeState]]:
-    """The states of a module, each with the names that it may have there, the likeliest first."""
-    uses = _by_module.get(module, {})
-    seen: Counter[str] = Counter()
-    for (parameter, _), state in uses.items():
-        stem = parameter.replace(".", "_")
-        seen[stem] += 1
-        number = f"_{seen[stem]}" if seen[stem] > 1 else ""
-        of_several, of_one = StateNames(f"{stem}{number}_"), StateNames()
-        # Of a module whose other products have not run, too, the names may be those of several.
-        yield ([of_one, of_several] if len(uses) == 1 else [of_several]), state
-
-
-def _fill(module: nn.Module, only: RangeState | None = None) -> None:
-    """Copy what was loaded for a module into its states.
-
-    Raises:
-        PlacementError: it is for another number of tiles.
-    """
-    loaded = _loaded.get(module, {})
-    with torch.no_grad():
-        for names, state in _named_uses(module):
-            for name, value in (item for n in names for item in state.named(n).items()):
-                if name in loaded and only in (None, state):
-                    _copy(value, loaded[name], name)
-
-
-def _copy(value: Tensor, loaded: Tensor, name: str) -> None:
-    if value.shape != loaded.shape:
-        raise PlacementError(
-            f"{name}: the state loaded is for {loaded.numel()} tiles, the config cuts the weight "
-            f"into {value.numel()}"
-        )
-    value.copy_(as_state(loaded, value))
+        ranges = _by_module.setdefault(home.module, _Ranges())
+        return ranges.use(home.parameter, slot, weight)
 
 
 # ------------------------------------------------------------------------------ names in a model
@@ -187,26 +242,31 @@ class Names:
         for name, parameter in named:
             self.of.setdefault(id(parameter), []).append(name)
 
-    def locate(self, weight: Tensor, module: nn.Module) -> tuple[int, int]:
-        """``holder`` and ``above`` of the slot of a module that multiplies by a parameter."""
-        for number, name in enumerate(self.of.get(id(weight), ())):
-            parts = name.split(".")
-            for above in range(1, len(parts) + 1):
-                if self._module(parts[:-above]) is module:
-                    return number, above
-        return 0, 1
+    def locate(self, weight: Tensor, module: nn.Module) -> Place:
+        """The place of a module that multiplies by a parameter."""
+        for holder, name in enumerate(self.of.get(id(weight), ())):
+            for above in range(1, name.count(".") + 2):
+                place = Place(holder, above)
+                if self._module(place.parts(name)[0]) is module:
+                    return place
+        return Place()
 
-    def home(self, weight: Tensor, slot: Slot) -> Home | None:
-        """The module that a slot of a weight belongs to; None where the weight is no model's."""
+    def at(self, weight: Tensor, place: Place) -> tuple[str, str] | None:
+        """The path of the module at a place, and the parameter's name from there.
+
+        None where the weight is no model's.
+        """
         names = self.of.get(id(weight), [])
-        if slot.holder >= len(names):
-            return None
-        parts = names[slot.holder].split(".")
-        return Home(self._module(parts[: -slot.above]), ".".join(parts[-slot.above :]))
+        return place.parts(names[place.holder]) if place.holder < len(names) else None
 
-    def _module(self, path: list[str]) -> nn.Module:
+    def home(self, weight: Tensor, place: Place) -> Home | None:
+        """The module at a place; None where the weight is no model's."""
+        found = self.at(weight, place)
+        return None if found is None else Home(self._module(found[0]), found[1])
+
+    def _module(self, path: str) -> nn.Module:
         assert self.model is not None
-        return self.model.get_submodule(".".join(path))
+        return self.model.get_submodule(path)
 
 
 # ------------------------------------------------------------------------------- for the user
@@ -235,16 +295,13 @@ class BackendState:
             )
         self.model = model
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            yield f"{path}." if path else "", module
-
     def state_dict(self) -> dict[str, Tensor]:
         """Ranges, counts and extremes by name; the tensors that the graphs use."""
         return {
-            prefix + name: value
-            for prefix, module in self._modules()
-            for names, state in _named_uses(module)
+            f"{path}.{name}" if path else name: value
+            for path, module in self.model.named_modules(remove_duplicate=False)
+            if module in _by_module
+            for names, state in _by_module[module].named()
             for name, value in state.named(names[0]).items()
         }
 
@@ -255,23 +312,20 @@ class BackendState:
         that have not run yet are kept for when they do.
 
         Raises:
-            PlacementError: a range belongs to no module of the model, or to other tiles.
+            PlacementError: a range belongs to no module of the model, to other tiles, or to one
+                product of a module that has several.
         """
-        endings = RangeState.names()
-        wanted = {n: v for n, v in state_dict.items() if n.endswith(endings)}
-        taken: set[str] = set()
-        for prefix, module in self._modules():
-            own = {
-                name.removeprefix(prefix): value.detach().clone()
-                for name, value in wanted.items()
-                if name.startswith(prefix) and "." not in name.removeprefix(prefix)
-            }
-            if own:
-                taken.update(prefix + name for name in own)
-                _loaded[module] = own
-                _fill(module)
-        if missing := sorted(wanted.keys() - taken):
-            raise PlacementError(f"no module of the model has these ranges: {', '.join(missing)}")
+        by_path: dict[str, dict[str, Tensor]] = {}
+        for full, value in state_dict.items():
+            if full.endswith(RangeState.names()):
+                path, _, name = full.rpartition(".")
+                by_path.setdefault(path, {})[name] = value.detach().clone()
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        if missing := [f"{p}.{n}" for p in by_path.keys() - modules.keys() for n in by_path[p]]:
+            names = ", ".join(sorted(missing))
+            raise PlacementError(f"no module of the model has these ranges: {names}")
+        for path, loaded in by_path.items():
+            _by_module.setdefault(modules[path], _Ranges()).load(loaded, path)
 
 
 def backend_state(model: nn.Module) -> BackendState:

@@ -22,7 +22,7 @@ from samples import IDENTITY, LAYERS, TILES, layer_and_input, merged, mlp, produ
 from torch import nn
 
 import analogfx
-from analogfx.errors import PlacementError
+from analogfx.errors import CaptureError, PlacementError
 
 # What Inductor imports on its first use.
 INDUCTOR = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
@@ -373,6 +373,51 @@ def test_modules_with_one_weight_have_a_config_and_a_state_each(config):
     assert_same(evaluated(twin, x), evaluated(analog, x))
 
 
+class Head(nn.Module):
+    """Products of the model's own code with its children's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.down, self.up = (nn.Parameter(torch.randn(*shape)) for shape in ((2, 8), (8, 2)))
+
+    def forward(self, x):
+        h = torch.tanh(self.layer(self.table.weight[:5] + x))
+        h = h + F.linear(h, self.up @ self.down + self.layer.weight)
+        return F.linear(h, self.table.weight)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DYNAMO_CONFIGS["everything"], {"table": None, "*": QUIET}, {"layer": QUIET}, {"table": QUIET}],
+)
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["root", "below"])
+def test_the_module_whose_code_multiplies_is_the_one_that_is_asked(wrap, config):
+    if wrap is nn.Sequential and isinstance(config, dict) and len(config) <= 2:
+        config = {f"0.{k}" if k in ("table", "layer") else k: c for k, c in config.items()}
+    twin, analog = twins(wrap(Head()), config)
+    x = torch.randn(5, 8)
+    for seed in range(2):
+        assert_same(step(twin, x, seed), step(analog, x, seed))
+    assert_same(ranges(twin), ranges(analog))
+    sites = [sorted(map(str, analogfx.report(m).sites)) for m in (twin, analog)]
+    assert sites[0] == sites[1]
+
+
+@RESUMES
+def test_behind_a_graph_break_the_model_multiplies_still():
+    class Broken(Head):
+        def forward(self, x):
+            h = self.layer(x)
+            torch._dynamo.graph_break()
+            return F.linear(torch.tanh(h), self.table.weight)
+
+    twin, analog = twins(Broken(), QUIET)
+    x = torch.randn(5, 8)
+    assert_same(twin(x), analog(x))
+    assert_same(ranges(twin), ranges(analog))
+
+
 # ------------------------------------------------------------------------------- kinds of products
 
 
@@ -426,6 +471,33 @@ def test_a_function_that_closes_over_a_module():
     x = torch.randn(5, 8)
     assert_same(run(x), analog(x) * 2)
     assert_same(ranges(model), ranges(analog))
+
+
+W = nn.Parameter(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("how", ["global", "closure", "argument"])
+def test_a_parameter_that_no_module_holds_is_refused(how):
+    w = nn.Parameter(torch.randn(4, 8))
+    functions = {
+        "global": (lambda x: F.linear(x, W), ()),
+        "closure": (lambda x: F.linear(x, w), ()),
+        "argument": (F.linear, (w,)),
+    }
+    function, more = functions[how]
+    run = compiled(lambda x, *more: function(x, *more), QUIET)
+    with pytest.raises(Exception, match="cannot tell which module holds this parameter") as caught:
+        run(torch.randn(3, 8), *more)
+    assert isinstance(caught.value.inner_exception, CaptureError)
+
+
+def test_a_function_of_a_digital_model_needs_a_config():
+    model = mlp()
+    analog = analogfx.analogize(model, QUIET)
+    x = torch.randn(3, 8)
+    with pytest.raises(Exception, match="a config: the model is digital"):
+        compiled(lambda x: model(x), None)(x)
+    assert_same(compiled(lambda x: 2 * analog(x), None)(x), 2 * analog(x), exact=False)
 
 
 # ------------------------------------------------------------------------- what Dynamo leaves out

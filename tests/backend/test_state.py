@@ -108,14 +108,48 @@ def test_state_for_other_tiles_is_refused(before_the_first_call):
     twin = compiled(mlp(), QUIET)
     if not before_the_first_call:
         twin(torch.ones(2, 8))
-    message = "input_range: the state loaded is for 2 tiles, the config cuts the weight into 1"
+    message = r"first\.input_range: the state loaded is for 2 tiles, the config cuts .* into 1"
 
-    def load_and_run():
-        backend_state(twin).load_state_dict({"first.input_range": torch.ones(2)})
+    def load_and_run(tiles):
+        loaded = {
+            "first.input_range": torch.full((tiles,), 3.0),
+            "first.input_range_update_idx": torch.full((tiles,), 1e9),  # no data moves it
+        }
+        backend_state(twin).load_state_dict(loaded)
         twin(torch.ones(2, 8))
 
     with pytest.raises(Exception, match=message):
-        load_and_run()
+        load_and_run(tiles=2)
+    torch._dynamo.reset()
+    load_and_run(tiles=1)  # what was refused has left nothing behind
+    assert ranges(twin)["first.input_range"] == 3.0
+
+
+class Optional(nn.Module):
+    """One product, or two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(4, 8)) for _ in range(2))
+
+    def forward(self, x, both):
+        y = nn.functional.linear(x, self.a)
+        return y + nn.functional.linear(x, self.b) if both else y
+
+
+def test_state_of_one_product_for_a_module_that_has_run_two_is_refused():
+    one, two = compiled(Optional(), QUIET), compiled(Optional(), QUIET)
+    x = torch.randn(6, 8)
+    one(x, False), two(x, True)
+    before = ranges(two)
+    saved = backend_state(one).state_dict()
+    message = "the model: .*'input_range', of a single product, .* 2 weights: rename it to 'a_input"
+    with pytest.raises(PlacementError, match=message):
+        backend_state(two).load_state_dict(saved)
+    assert_same(ranges(two), before)
+    backend_state(two).load_state_dict({f"a_{name}": value for name, value in saved.items()})
+    assert_same(ranges(two)["a_input_range"], ranges(one)["input_range"])
+    assert_same(ranges(two)["b_input_range"], before["b_input_range"])
 
 
 def test_a_whole_checkpoint_with_counts_in_floats_may_be_given():
