@@ -1,5 +1,6 @@
 """Configs and models that the export tests share."""
 
+import re
 from typing import NamedTuple
 
 import onnx_compare
@@ -9,8 +10,12 @@ import transformers
 from torch import nn
 
 from analogfx import TorchInferenceRPUConfig, analogize, export_onnx, recipes
+from analogfx.onnx import levels
 
-LEVELS = ("fused", "explicit", "standard", "qdq")
+LEVELS = tuple(levels.LEVELS)
+
+DATA = re.compile(r"model\.onnx\.[0-9a-f]{8}\.data")
+"""Name of the weights beside a model.onnx."""
 
 
 def config(**fields):

@@ -39,21 +39,26 @@ def export_onnx(
     Args:
         analog: what :func:`analogfx.analogize` returned.
         args, kwargs: an example call, tensors of any batch size.
-        path: of the file. Weights of 512 MiB and more go to ``<path>.data`` beside it.
+        path: of the file, or of a link to it. Weights of more than 64 MiB go into a file beside it,
+            ``<name>.<8 digits>.data``, which the model names: move both.
         level: how much structure shows. ``"fused"``: one op a site. ``"explicit"``: DAC, ADC and
             dynamic range are ops, tiles and products are standard. ``"standard"``: standard ops
             alone. ``"qdq"``: as standard, and products of 8-bit inputs with quantized weights
             are integer products.
-        opset: version of the standard ops, 18 or newer. With 21, weights of at most 15 levels
-            take 4 bits instead of 8.
+        opset: version of the standard ops, 18 to 25. From 21 on, weights of at most 15 levels take
+            4 bits instead of 8.
         dynamic_shapes: True leaves the batch axis free, and the sequence axis of tokens and of
             (batch, sequence, feature), where the model allows it; False fixes all shapes;
             anything else is what ``torch.export.export`` takes.
         noise: add the config's training noise of weights and outputs, drawn anew in every run,
-            for Monte-Carlo in a runtime.
+            for Monte-Carlo in a runtime; opset 18 to 21.
         seed: of that noise.
-        verify: run the file on the given inputs and on other batch sizes, and compare. A file
-            with noise is only checked by ONNX's own rules.
+        verify: run the file on the given inputs and on other sizes of its free axes, and compare it
+            with the model, site by site and as a whole. A file with noise is run, and compared
+            with zeros in the place of its random numbers.
+
+    Warns:
+        UserWarning: an axis that ought to be free is fixed, or there is no noise to add.
 
     Raises:
         OnnxError: onnx, onnxscript or onnxruntime is missing; the model cannot be exported; or

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from analogfx.checkpoint import CONFIG_FILE, load
 from analogfx.errors import OnnxError
 from analogfx.onnx import export_onnx, load_onnx_sites
-
-LEVELS = ("fused", "explicit", "standard", "qdq")  # not from export, which imports onnx
+from analogfx.onnx.levels import LEVELS
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

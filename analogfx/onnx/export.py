@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,24 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx_ir.tensor_adapters import TorchTensor
-from onnxscript import optimizer
 from torch import Tensor, nn
 
 import analogfx
 from analogfx.errors import OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.module import sites as analog_sites
+from analogfx.onnx import arguments, storage
+from analogfx.onnx import noise as draws
 from analogfx.onnx import verify as verification
-from analogfx.onnx.capture import Captured, SiteCall, capture, dynamic_axes, free_axes, quiet
+from analogfx.onnx.calls import SiteCall
+from analogfx.onnx.capture import Captured
+from analogfx.onnx.levels import LEVELS
 from analogfx.onnx.operators import AnalogConv, AnalogLinear, Seeds
+from analogfx.onnx.runtimes import load
 from analogfx.onnx.sites import SCHEMA, Programmed, program, record
+from analogfx.onnx.sizes import capture_sized
+from analogfx.onnx.verify import Probe
 from analogfx.onnx.writer import DOMAIN, VERSION, Writer
-
-LEVELS: dict[str, frozenset[str]] = {
-    "fused": frozenset({"AnalogLinear", "AnalogConv"}),
-    "explicit": frozenset({"DAC", "ADC", "DynamicRange"}),
-    "standard": frozenset(),
-    "qdq": frozenset(),
-}
-"""The ops of domain ai.analogfx that each level keeps; the rest is written out."""
 
 METADATA = "ai.analogfx"
 """Key of the record of sites in a model's metadata."""
@@ -43,14 +40,8 @@ METADATA = "ai.analogfx"
 _IR_VERSION = 10
 """The first with overloads of functions."""
 
-_INLINE_LIMIT = 1 << 29
-"""Bytes of weights that still go into the model file itself; protobuf ends at 2 GiB."""
-
-_EXTERNAL = 1 << 10
-"""Smallest tensor that goes into the external file."""
-
-_IN_FLIGHT = 1 << 26
-"""Bytes of weights held while they are written."""
+_OLDEST_OPSET, _NEWEST_OPSET = 18, 25
+"""What torch's exporter, with onnxscript's converter of versions, writes."""
 
 
 def export(
@@ -67,35 +58,52 @@ def export(
     verify: bool,
 ) -> None:
     """See :func:`analogfx.export_onnx`."""
-    _check_request(analog, Path(path), level, opset)
+    _check_request(analog, kwargs, level, opset, seed)
+    target = storage.place(path)
+    kwargs = arguments.in_order(analog, args, kwargs)
+    if noise:
+        draws.check_opset(opset)
     modes = {module: module.training for module in analog.modules()}
     analog.eval()
     try:
-        captured = _capture(analog, args, kwargs, dynamic_shapes, opset)
-        records = _lower(captured, level, opset, seed if noise else None)
-        _annotate(captured.model, analog, level, records)
+        captured = capture_sized(analog, args, kwargs, dynamic_shapes, opset)
+        written = _lower(captured, level, opset, seed if noise else None)
+        _annotate(captured.model, analog, level, written)
+        if noise and not any(w.draws() for w in written):
+            warnings.warn(
+                f"noise=True, but the config of {type(analog).__name__} has no noise: the file is "
+                "deterministic",
+                stacklevel=3,
+            )
 
         def accept(file: Path) -> None:
             _check(file)
-            if verify and not noise:
-                verification.check(file, analog, args, kwargs)
+            if not verify:
+                return
+            if noise:
+                load(file)(arguments.tensors_of(arguments.bound(analog, args, kwargs)))
+                file = draws.without_draws(file)
+            probes = [probe for w in written for probe in w.probes]
+            verification.check(file, analog, args, kwargs, probes)
 
-        _write(captured.model, Path(path), accept)
+        storage.write(captured.model, target, accept)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _check_request(analog: nn.Module, target: Path, level: str, opset: int) -> None:
-    if not os.path.isdir(target.parent):
-        raise OnnxError(f"{target.parent} is no folder; the folder of the file must exist")
-    if os.path.exists(target) and not os.path.isfile(target):  # a device would be replaced, too
-        raise OnnxError(f"{target} is there and no plain file; name a file")
-    if level not in LEVELS:
+def _check_request(
+    analog: nn.Module, kwargs: Mapping[str, Any], level: str, opset: int, seed: int
+) -> None:
+    if not isinstance(kwargs, Mapping):
+        raise OnnxError(f"kwargs is a {type(kwargs).__name__}: expected a dict of inputs")
+    if not isinstance(level, str) or level not in LEVELS:
         raise OnnxError(f"level = {level!r}: expected one of {', '.join(LEVELS)}")
-    newest = onnx.defs.onnx_opset_version()
-    if not 18 <= opset <= newest:
-        raise OnnxError(f"opset = {opset!r}: expected 18 to {newest}")
+    for name, value in (("opset", opset), ("seed", seed)):
+        if type(value) is not int:
+            raise OnnxError(f"{name} = {value!r}: expected an int")
+    if not _OLDEST_OPSET <= opset <= _NEWEST_OPSET:
+        raise OnnxError(f"opset = {opset}: expected {_OLDEST_OPSET} to {_NEWEST_OPSET}")
     if not isinstance(analog, nn.Module) or next(analog_sites(analog), None) is None:
         raise OnnxError(
             f"{type(analog).__name__} has no analog site: pass what analogize() returned"
@@ -105,58 +113,12 @@ def _check_request(analog: nn.Module, target: Path, level: str, opset: int) -> N
             raise OnnxError(f"{name} is on the meta device, it has no values to export")
 
 
-def _capture(
-    analog: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    dynamic_shapes: Any,
-    opset: int,
-) -> Captured:
-    """Capture with free axes if asked for, with fixed ones where the model allows no others."""
-    if dynamic_shapes is not True:
-        return capture(analog, args, kwargs, dynamic_shapes or None, opset)
-    wide_args, wide_kwargs = verification.at_least_two((args, dict(kwargs)))
-    arguments = verification.bound(analog, wide_args, wide_kwargs)
-    reason = "the model's code takes a size as a number, or the size is 1"
-    try:
-        captured = capture(analog, wide_args, wide_kwargs, dynamic_axes(arguments), opset)
-    except OnnxError as error:
-        captured, reason = capture(analog, args, kwargs, None, opset), str(error)
-    fixed = _fixed_axes(captured.model.graph, verification.tensors_of(arguments))
-    if fixed:
-        warnings.warn(
-            f"the file of {type(analog).__name__} takes one size alone of {', '.join(fixed)}: "
-            f"{reason}; dynamic_shapes=False (--static) fixes all sizes without this warning",
-            stacklevel=4,
-        )
-    return captured
-
-
-def _fixed_axes(graph: ir.Graph, arguments: list[Tensor]) -> list[str]:
-    """Axes that ought to be free and are not, each with its size."""
-    batch = next((tensor.shape[:1] for tensor in arguments), None)
-    return [
-        f"{place.name} axis {axis} ({place.shape[axis]})"
-        for place, tensor in zip(graph.inputs, arguments, strict=True)
-        for axis in free_axes(tensor)
-        if place.shape is not None and isinstance(place.shape[axis], int)
-        and not (axis == 0 and tensor.shape[:1] != batch)  # no batch after all
-        and not (axis == 1 and tensor.dim() == 3)  # perhaps channels
-    ]  # fmt: skip
-
-
 # --------------------------------------------------------------------------------- lowering
 
 
-def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list[dict[str, Any]]:
-    """Replace every provisional node by its site at a level, in place.
-
-    Returns:
-        What the file's metadata says about the sites.
-    """
+def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list[_Written]:
+    """Replace every provisional node by its site at a level, in place."""
     model = captured.model
-    with quiet():
-        optimizer.optimize_ir(model, inline=False)  # before: it must not fold what a site names
     functions: dict[Any, ir.Function] = {}
     sites: dict[str, _Written] = {}
     names = _site_names(captured.calls)
@@ -166,7 +128,7 @@ def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list
     for call, name in zip(captured.calls, names, strict=True):
         if name not in sites:
             site = program(name, call, opset, noise=seed is not None)
-            sites[name] = _Written(site, _constants(model.graph, site), seeds[len(sites)])
+            sites[name] = _Written(site, _inputs(model.graph, site), seeds[len(sites)])
         _replace(model.graph, call, sites[name], Writer(opset, LEVELS[level], functions), level)
     common.RemoveUnusedNodesPass()(model)
     for function in functions.values():
@@ -175,26 +137,35 @@ def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list
     model.opset_imports.pop(DOMAIN, None)
     if functions:
         model.opset_imports[DOMAIN] = VERSION
-    return [
-        record(w.site, {k: str(v.name) for k, v in w.constants.items()}, w.nodes)
-        for w in sites.values()
-    ]
+    return list(sites.values())
 
 
 @dataclass
 class _Written:
-    """A site in the file: its constants, and the names of the nodes that compute it."""
+    """A site in the file: its inputs beside x, and where it is called."""
 
     site: Programmed
-    constants: dict[str, ir.Value]
+    inputs: dict[str, ir.Value]
+    """By name of the op's input."""
     seeds: Seeds | None
-    nodes: list[str] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
 
-    def label(self) -> str:
-        """Name of the next node; a module that is called again gets a number."""
-        again = f"@{len(self.nodes) + 1}" if self.nodes else ""
-        self.nodes.append(self.site.name + again)
-        return self.nodes[-1]
+    def call(self, x: ir.Value, y: ir.Value) -> str:
+        """Note another call; returns its name, which has a number if there are others."""
+        again = f"@{len(self.probes) + 1}" if self.probes else ""
+        bias = self.inputs.get("bias")
+        names = (None if value is None else str(value.name) for value in (x, y, bias))
+        self.probes.append(Probe(self.site, self.site.name + again, *names))  # type: ignore
+        return self.probes[-1].label
+
+    def draws(self) -> bool:
+        """Whether the site has noise in the file."""
+        return bool(self.site.spec.noise_std or self.site.spec.out_noise)
+
+    def record(self) -> dict[str, Any]:
+        """What the file's metadata says about the site; what is computed has no initializer."""
+        constants = {k: str(v.name) for k, v in self.inputs.items() if v.is_initializer()}
+        return record(self.site, constants, [probe.label for probe in self.probes])
 
 
 def _site_names(calls: tuple[SiteCall, ...]) -> list[str]:
@@ -221,8 +192,8 @@ def _seeds(seed: int, count: int) -> list[Seeds]:
     return [Seeds(float(w), float(y)) for w, y in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
-def _constants(graph: ir.Graph, site: Programmed) -> dict[str, ir.Value]:
-    """The initializers of one site, by input of the op."""
+def _inputs(graph: ir.Graph, site: Programmed) -> dict[str, ir.Value]:
+    """What one site reads beside x, by input of the op; initializers, but for a computed bias."""
     _, weight, bias, input_range = (*site.call.node.inputs, None, None, None)[:4]
     assert weight is not None
     values = {"weight": weight}
@@ -261,8 +232,8 @@ def _replace(
     x, old = call.node.inputs[0], call.node.outputs[0]
     assert x is not None and x.dtype is not None
     operator = _operator(call, written, x.dtype, level)
-    writer.scope = written.label()
-    rest = (written.constants.get(name) for name in operator.inputs[1:])
+    writer.scope = written.call(x, old)
+    rest = (written.inputs.get(name) for name in operator.inputs[1:])
     y = writer.call(operator, x, *rest, name=writer.scope)
     y.type, y.shape, y.name = old.type, old.shape, old.name
     made = list(writer.tape.nodes)
@@ -288,9 +259,7 @@ def _operator(
 # --------------------------------------------------------------------------------- metadata
 
 
-def _annotate(
-    model: ir.Model, analog: nn.Module, level: str, records: list[dict[str, Any]]
-) -> None:
+def _annotate(model: ir.Model, analog: nn.Module, level: str, written: Sequence[_Written]) -> None:
     """Write down what a toolchain needs beside the graph: configs, tile maps, versions."""
     configs: list[dict[str, Any]] = []
     modules: dict[str, int] = {}
@@ -305,36 +274,10 @@ def _annotate(
         "level": level,
         "configs": configs,
         "modules": modules,
-        "sites": records,
+        "sites": [site.record() for site in written],
     }
     model.metadata_props[METADATA] = json.dumps(contents)
     model.producer_name, model.producer_version = "analogfx", analogfx.__version__
-
-
-# ---------------------------------------------------------------------------------- writing
-
-
-def _write(model: ir.Model, target: Path, accept: Callable[[Path], None]) -> None:
-    """Write beside the target, and move there what was accepted."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    data = f"{target.name}.data" if size > _INLINE_LIMIT else None
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
-            file = Path(scratch, target.name)
-            ir.save(
-                model,
-                file,
-                external_data=data,
-                size_threshold_bytes=_EXTERNAL,
-                max_workers=1,
-                max_in_flight_bytes=_IN_FLIGHT,
-            )
-            accept(file)
-            if data is not None:
-                os.replace(Path(scratch, data), target.with_name(data))
-            os.replace(file, target)
-    except OSError as error:
-        raise OnnxError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 def _check(file: Path) -> None:

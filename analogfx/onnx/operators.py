@@ -300,8 +300,10 @@ class AnalogLinear(_Site):
         assert x is not None and weight is not None
         rows = self._grouped(w, self.wide(w, x))
         sizes = self.spec.in_sizes
-        xs, ws = w.split(rows, sizes, -1), w.split(self._codes(w, weight), sizes, 1)
-        noise = self.draw(w, weight, self._seed("weight"), self.spec.noise_std)
+        matrix = self._codes(w, weight)
+        xs, ws = w.split(rows, sizes, -1), w.split(matrix, sizes, 1)
+        # Like the matrix, not the weight: runtimes draw like floats alone.
+        noise = self.draw(w, matrix, self._seed("weight"), self.spec.noise_std)
         noises = [None] * len(sizes) if noise is None else w.split(noise, sizes, 1)
         ranges, peaks, products = [], [], []
         for tile in range(len(sizes)):
@@ -313,9 +315,9 @@ class AnalogLinear(_Site):
             if self.integer:
                 products.append(self._integer_product(w, xs[tile], r, ws[tile], scale))
                 continue
-            matrix = self._dequantized(w, ws[tile], scale)
-            matrix = self.noisy_weight(w, matrix, noises[tile], peak)
-            products.append(self._product(w, self.converted(w, xs[tile], r), matrix))
+            held = self._dequantized(w, ws[tile], scale)
+            held = self.noisy_weight(w, held, noises[tile], peak)
+            products.append(self._product(w, self.converted(w, xs[tile], r), held))
         draws = self._output_draws(w, products)
         total = None
         for y, draw, r, peak in zip(products, draws, ranges, peaks, strict=True):

@@ -23,7 +23,8 @@ from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import ConfigError, OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
-from analogfx.onnx.export import LEVELS, METADATA
+from analogfx.onnx.export import METADATA
+from analogfx.onnx.levels import LEVELS
 from analogfx.onnx.sites import SCHEMA
 
 _MALFORMED = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from analogfx.config import resolve
 from analogfx.kernels import reference as ref
 from analogfx.kernels.spec import MVMSpec
-from analogfx.onnx.capture import SiteCall
+from analogfx.onnx.calls import SiteCall
 
 SCHEMA = 1
 """Version of the site records in a file's metadata."""
@@ -39,10 +39,27 @@ class Programmed:
     weight: ir.TensorProtocol | None
     """Codes, or weights that the config changes; None where they are a parameter as it is."""
     codes: bool
-    scale: Tensor | None
-    """(k, O) float32 steps of the codes."""
-    maxima: Tensor | None
-    """(k, O) float32 largest weight of each row of each tile; None where nothing reads it."""
+    peaks: Tensor | None
+    """(k, O) largest weight or learned clip of each row of each tile; None if nothing needs it."""
+
+    @property
+    def scale(self) -> Tensor | None:
+        """(k, O) steps of the codes, as ``reference.quantize_weight`` takes them."""
+        return _scale(self.peaks, self.spec) if self.codes and self.peaks is not None else None
+
+    @property
+    def maxima(self) -> Tensor | None:
+        """The peaks, where converters or noise read them."""
+        return self.peaks if _reads_peaks(self.spec) else None
+
+    def held(self) -> Tensor:
+        """The weights as the tiles hold them, (O, I), in the precision of the computation."""
+        return _held(self.call, self.spec, self.peaks)
+
+    def input_range(self) -> Tensor | None:
+        """(k,) range of each tile; None where inputs have their own, or none."""
+        learned = getattr(self.call.module, self.call.site.state.input_range, None)
+        return None if learned is None else learned.detach().abs()
 
 
 def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
@@ -54,17 +71,13 @@ def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
     """
     spec = _spec(call, noise)
     codes = _code_type(spec.weight_states, opset)
-    reads_max = bool(spec.out_bound or spec.noise_std or spec.out_noise)
-    peaks = _peaks(call, spec) if codes is not None or reads_max else None
-    return Programmed(
-        name=name,
-        call=call,
-        spec=spec,
-        weight=_weight(call, spec, codes),
-        codes=codes is not None,
-        scale=None if codes is None or peaks is None else _scale(peaks, spec),
-        maxima=peaks if reads_max else None,
-    )
+    peaks = _peaks(call, spec) if spec.weight_states or _reads_peaks(spec) else None
+    weight = _weight(call, spec, codes, peaks)
+    return Programmed(name, call, spec, weight, codes is not None, peaks)
+
+
+def _reads_peaks(spec: MVMSpec) -> bool:
+    return bool(spec.out_bound or spec.noise_std or spec.out_noise)
 
 
 def weight_of(call: SiteCall) -> Tensor:
@@ -134,36 +147,43 @@ def _scale(peaks: Tensor, spec: MVMSpec) -> Tensor:
 
 
 @torch.no_grad()
-def _modified(call: SiteCall, spec: MVMSpec) -> Tensor:
+def _held(call: SiteCall, spec: MVMSpec, peaks: Tensor | None) -> Tensor:
     """The weights as the tiles hold them, (O, I), in the precision of the computation."""
     clip, states, tiles = _clip_of(call), spec.weight_states, _tiles(call, spec)
     if clip is not None:
         held = [_dialect.clip_weight(*pair, states) for pair in zip(tiles, clip, strict=True)]
-    else:
-        bounds = _bounds(_peaks(call, spec), spec)
+    elif states:
+        assert peaks is not None
+        bounds = _bounds(peaks, spec)
         held = [_dialect.quantize_weight(*pair, states) for pair in zip(tiles, bounds, strict=True)]
+    else:
+        return ref.wide(weight_of(call).flatten(1))
     return torch.cat(held, dim=1)
 
 
 @torch.no_grad()
-def _codes(call: SiteCall, spec: MVMSpec) -> Tensor:
+def _codes(held: Tensor, peaks: Tensor, spec: MVMSpec) -> Tensor:
     """The weights in units of their steps, (O, I) int8."""
-    held = _modified(call, spec).split(list(spec.in_sizes), dim=1)
-    steps = _scale(_peaks(call, spec), spec).unsqueeze(-1)
-    codes = [tile / step for tile, step in zip(held, steps, strict=True)]
+    tiles, steps = held.split(list(spec.in_sizes), dim=1), _scale(peaks, spec).unsqueeze(-1)
+    codes = [tile / step for tile, step in zip(tiles, steps, strict=True)]
     return torch.cat(codes, dim=1).round_().to(torch.int8)
 
 
-def _weight(call: SiteCall, spec: MVMSpec, codes: ir.DataType | None) -> ir.TensorProtocol | None:
+def _weight(
+    call: SiteCall, spec: MVMSpec, codes: ir.DataType | None, peaks: Tensor | None
+) -> ir.TensorProtocol | None:
     """A weight that is computed when it is written; None for a parameter as it is."""
     raw = weight_of(call)
     dtype = _onnx_type(raw)
 
     def compute() -> ir.TensorProtocol:
+        if not modified:
+            return TorchTensor(weight_of(call).contiguous())
+        held = _held(call, spec, peaks)
         if codes is None:
-            changed = _modified(call, spec) if modified else weight_of(call)
-            return TorchTensor(changed.reshape(raw.shape).contiguous())
-        array = _codes(call, spec).reshape(raw.shape).cpu().numpy()
+            return TorchTensor(held.reshape(raw.shape).contiguous())
+        assert peaks is not None
+        array = _codes(held, peaks, spec).reshape(raw.shape).cpu().numpy()
         return ir.Tensor(array.astype(codes.numpy()), dtype=codes)
 
     modified = bool(spec.weight_states) or _clip_of(call) is not None

@@ -13,7 +13,7 @@ from torch import nn
 import analogfx
 from analogfx import analogize, export_onnx, load_onnx_sites
 from analogfx.errors import OnnxError
-from analogfx.onnx import operators, verify
+from analogfx.onnx import operators, runtimes, storage, verify
 
 
 def run(path, *inputs):
@@ -23,6 +23,10 @@ def run(path, *inputs):
     names = [place.name for place in session.get_inputs()]
     feed = {name: t.numpy() for name, t in zip(names, inputs, strict=True)}
     return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
 def op_types(path):
@@ -62,7 +66,7 @@ def test_other_precisions(dtype, tmp_path):
     analog = cases.analog(cases.mlp, cases.CONFIGS["int4"], x).to(dtype)
     path = tmp_path / "model.onnx"
     export_onnx(analog, (x.to(dtype),), path)
-    found = verify.load(path)([x.to(dtype)])[0]
+    found = runtimes.load(path)([x.to(dtype)])[0]
     # A site rounds once, at its end: the runtimes give the same halves but at ties.
     assert verify.distance(found, analog(x.to(dtype)).detach()) < torch.finfo(dtype).eps
 
@@ -138,13 +142,87 @@ def test_every_product_of_a_module_finds_its_own_weight(tmp_path):
     assert sites["tied.1"].weight_shape == (6, 4)
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(4, 6)) for _ in range(2))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.a), nn.functional.linear(x, self.b)
+
+
+class Second(nn.Module):
+    """Uses only the second product of a module, and calls a layer by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.once = Pair(), nn.Linear(4, 4)
+        self.again = self.once
+
+    def forward(self, x):
+        return self.again(self.once(self.pair(x)[1]))
+
+
+def test_a_product_whose_result_is_unused_shifts_no_other(tmp_path):
+    x = torch.randn(3, 6)
+    analog = cases.analog(Second, cases.CONFIGS["int4"], x)
+    export_onnx(analog, (x,), tmp_path / "model.onnx")
+    pair, once = load_onnx_sites(tmp_path / "model.onnx").sites
+    assert (pair.name, once.name, once.nodes) == ("pair.b", "once", ("once", "once@2"))
+    apart = np.abs(pair.weight() - analog.pair.b.detach().numpy())
+    assert apart.max() < 0.1 * analog.pair.b.abs().max()
+
+
+class Biased(nn.Module):
+    """A bias that is computed from a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(9000, 4)), nn.Parameter(torch.randn(9000))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.w, 2 * self.b)
+
+
+class BiasGiven(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x, b):
+        return nn.functional.linear(x, self.w, b)
+
+
+def test_a_bias_is_a_constant_if_it_can_be(tmp_path):
+    x, path = torch.randn(2, 4), tmp_path / "model.onnx"
+    analog = cases.analog(Biased, cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), path)
+    (site,) = load_onnx_sites(path).sites
+    np.testing.assert_array_equal(site.array("bias"), 2 * analog.b.detach().numpy())
+    b = torch.randn(5)
+    analog = cases.analog(BiasGiven, cases.CONFIGS["afm"], x, b)
+    export_onnx(analog, (x, b), path)
+    assert "bias" not in load_onnx_sites(path).sites[0].tensors
+
+
+def test_a_file_tells_nothing_of_the_machine_that_made_it(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    noted = [*model.metadata_props, *(e for n in model.graph.node for e in n.metadata_props)]
+    assert {e.key for e in noted} == {"ai.analogfx"}
+    whole = (tmp_path / "model.onnx").read_bytes()
+    assert not [text for text in (b"site-packages", b".py", b"pkg.torch") if text in whole]
+
+
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("analogfx.onnx.export._INLINE_LIMIT", 1 << 10)
+    monkeypatch.setattr(storage, "_INLINE_LIMIT", 1 << 10)
     x = torch.randn(3, 64)
     analog = cases.analog(lambda: nn.Linear(64, 64), cases.CONFIGS["afm"], x)
     path = tmp_path / "model.onnx"
     export_onnx(analog, (x,), path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert [bool(cases.DATA.fullmatch(n)) for n in names(tmp_path)] == [False, True]
     assert verify.distance(run(path, x)[0], analog(x).detach()) < 0.02
     (site,) = load_onnx_sites(path).sites
     np.testing.assert_array_equal(site.weight(), analog.weight.detach().numpy())
@@ -172,7 +250,7 @@ def test_a_file_that_disagrees_is_refused_and_the_old_one_stays(tmp_path, monkey
     monkeypatch.setattr(
         operators, "_step", lambda w, bound, res, dtype: right(w, bound, res / 2, dtype)
     )
-    with pytest.raises(OnnxError, match="disagrees with Sequential: output 0 of batch 4"):
+    with pytest.raises(OnnxError, match=r"disagrees with Sequential at 0: .* of its 36 outputs"):
         export_onnx(analog, (x,), path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
@@ -183,8 +261,21 @@ def test_requests_that_cannot_be_met(tmp_path):
     analog = cases.analog(cases.mlp, cases.CONFIGS["afm"], x)
     with pytest.raises(OnnxError, match="level = 'int8': expected one of fused, explicit"):
         export_onnx(analog, (x,), tmp_path / "m", level="int8")
-    with pytest.raises(OnnxError, match="opset = 17: expected 18 to"):
-        export_onnx(analog, (x,), tmp_path / "m", opset=17)
+    for opset in (17, 26):
+        with pytest.raises(OnnxError, match=f"opset = {opset}: expected 18 to 25"):
+            export_onnx(analog, (x,), tmp_path / "m", opset=opset)
+    for wrong, message in [
+        ({"opset": "18"}, "opset = '18': expected an int"),
+        ({"opset": 18.0}, "opset = 18.0: expected an int"),
+        ({"seed": None}, "seed = None: expected an int"),
+        ({"level": ["fused"]}, r"level = \['fused'\]: expected one of"),
+        ({"kwargs": [1]}, "kwargs is a list: expected a dict"),
+    ]:
+        with pytest.raises(OnnxError, match=message):
+            export_onnx(analog, (x,), tmp_path / "m", **wrong)
+    for place in (None, b"m", "a\0b"):
+        with pytest.raises(OnnxError, match=r"expected a str or a path|embedded null"):
+            export_onnx(analog, (x,), place)
     with pytest.raises(OnnxError, match="has no analog site"):
         export_onnx(cases.mlp(), (x,), tmp_path / "m")
     with pytest.raises(OnnxError, match="is no folder"):
@@ -212,11 +303,16 @@ class Untranslated(nn.Module):
         return torch.linalg.eigvals(self.layer(x)[:, :4].reshape(-1, 2, 2)).real
 
 
-def test_what_has_no_graph_or_no_translation_is_named(tmp_path):
+def test_what_has_no_graph_or_no_translation_is_named(tmp_path, capfd):
     x = torch.randn(4, 12)
-    model = cases.analog(lambda: nn.Sequential(Branches()), cases.CONFIGS["afm"], x)
-    with pytest.raises(OnnxError, match=r"Sequential has no single graph: .*data-dependent"):
+    model = cases.analog(
+        lambda: nn.Sequential(nn.Linear(12, 12), nn.Sequential(nn.ReLU(), Branches())),
+        cases.CONFIGS["afm"],
+        x,
+    )
+    with pytest.raises(OnnxError, match=r"1\.1 \(Branches\) has no single graph: .*data-dependent"):
         export_onnx(model, (x,), tmp_path / "m")
+    assert capfd.readouterr().err == ""  # torch's pages of graph
     model = cases.analog(lambda: nn.Sequential(Untranslated()), cases.CONFIGS["afm"], x)
     with pytest.raises(OnnxError, match=r"0: aten\.\S*eig\S* cannot be exported"):
         export_onnx(model, (x,), tmp_path / "m")
@@ -266,10 +362,80 @@ def test_an_axis_that_cannot_be_free_is_told(function, reason, tmp_path):
     export_onnx(analog, (x,), path, dynamic_shapes=False)  # without a warning
 
 
+def even_lengths(y):
+    return y * 2 if y.shape[1] % 2 == 0 else y
+
+
+def test_a_branch_on_the_sequence_is_refused(tmp_path):
+    x = torch.randn(2, 6, 12)
+    analog = cases.analog(lambda: After(even_lengths), cases.CONFIGS["afm"], x)
+    with pytest.raises(OnnxError, match=r"output 0 for inputs of \[\(2, 7, 12\)\]"):
+        export_onnx(analog, (x,), tmp_path / "m")
+
+
+def test_a_sequence_may_end_where_the_model_ends(tmp_path):
+    def short(y):
+        if y.shape[1] > 6:
+            raise IndexError("no more positions")
+        return y
+
+    x = torch.randn(2, 6, 12)
+    analog = cases.analog(lambda: After(short), cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), tmp_path / "m")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_fixed_axis_of_a_sequence_is_told_and_one_of_channels_is_not(tmp_path):
+    x = torch.randn(2, 5, 12)
+    analog = cases.analog(lambda: After(lambda y: y.reshape(-1, 60)), cases.CONFIGS["afm"], x)
+    with pytest.warns(UserWarning, match=r"takes one size alone of x axis 1 \(5\)"):
+        export_onnx(analog, (x,), tmp_path / "m", verify=False)
+    for config in ("afm", "dynamic"):  # a convolution, and one on patches
+        analog = cases.analog(lambda: nn.Conv1d(5, 4, 3), cases.CONFIGS[config], x)
+        export_onnx(analog, (x,), tmp_path / "m", verify=False)
+
+
+def test_shapes_that_do_not_fit_are_told_from_models_that_do_not(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["afm"], x)
+    with pytest.raises(OnnxError, match=r"with these dynamic_shapes: .*Constraints violated"):
+        export_onnx(analog, (x,), tmp_path / "m", dynamic_shapes=({1: torch.export.Dim("d")},))
+    analog = cases.analog(Branches, cases.CONFIGS["afm"], x)
+    with pytest.raises(OnnxError, match="Branches has no single graph"):
+        export_onnx(analog, (x,), tmp_path / "m", dynamic_shapes=({0: torch.export.Dim("d")},))
+
+
+def test_an_output_that_is_no_tensor_is_named(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(lambda: After(lambda y: (y, 3.0)), cases.CONFIGS["afm"], x)
+    with pytest.raises(OnnxError, match=r"After: output 1 is 3\.0, which is no tensor"):
+        export_onnx(analog, (x,), tmp_path / "m")
+
+
+def test_what_no_runtime_here_runs_is_told(tmp_path):
+    x = cases.example("conv2d")
+    analog = cases.analog(cases.conv2d, cases.CONFIGS["int4"], x).to(torch.bfloat16)
+    with pytest.raises(OnnxError, match=r"neither .* runs the exported model: .*DequantizeLinear"):
+        export_onnx(analog, (x.bfloat16(),), tmp_path / "m", level="qdq")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_site_that_is_slightly_off_is_refused(dtype, tmp_path, monkeypatch):
+    right = operators._step
+    x = torch.randn(20, 12).to(dtype)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["int4"], x.float()).to(dtype)
+    factor = 1.02 if dtype == torch.bfloat16 else 1.0001
+    monkeypatch.setattr(
+        operators, "_step", lambda w, bound, res, kind: right(w, bound, res * factor, kind)
+    )
+    with pytest.raises(OnnxError, match="disagrees with Sequential at 0"):
+        export_onnx(analog, (x,), tmp_path / "m")
+
+
 def test_a_branch_on_the_batch_is_refused(tmp_path):
     x = torch.randn(4, 12)
     analog = cases.analog(lambda: After(even_batches), cases.CONFIGS["afm"], x)
-    with pytest.raises(OnnxError, match="disagrees with After: output 0 of batch 1"):
+    with pytest.raises(OnnxError, match=r"with After: output 0 for inputs of \[\(1, 12\)\]"):
         export_onnx(analog, (x,), tmp_path / "m")
 
 
@@ -309,6 +475,35 @@ def test_nested_inputs_and_outputs(kwargs, tmp_path):
     assert len(graph.output) == 3
     batches = [i.type.tensor_type.shape.dim[0] for i in graph.input]
     assert all(b.dim_param for b in batches[:2])
+
+
+class Order(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, a, b=0, *, c=0):
+        return self.layer(a) - 2 * b + 3 * c
+
+
+def test_keyword_arguments_may_come_in_any_order(tmp_path):
+    a, b, c = torch.randn(3, 2, 4)
+    analog = cases.analog(Order, cases.CONFIGS["afm"], a, b)
+    export_onnx(analog, (a,), tmp_path / "m", kwargs={"c": c, "b": b})
+    inputs = onnx.load(tmp_path / "m").graph.input
+    assert [i.name for i in inputs] == ["a", "b", "c"]
+    assert len({i.type.tensor_type.shape.dim[0].dim_param for i in inputs}) == 1
+
+
+def test_a_transformer_takes_its_mask(tmp_path):
+    tokens = torch.randint(0, 50, (1, 5))
+    analog = cases.analog(cases.TRANSFORMERS["llama"], cases.CONFIGS["afm"], tokens)
+    mask = torch.ones_like(tokens)
+    export_onnx(analog, (), tmp_path / "m", kwargs={"attention_mask": mask, "input_ids": tokens})
+    inputs = onnx.load(tmp_path / "m").graph.input
+    assert [i.name for i in inputs] == ["input_ids", "attention_mask"]
+    first, second = ([d.dim_param for d in i.type.tensor_type.shape.dim] for i in inputs)
+    assert first[0] == second[0] != ""
 
 
 class Tied(nn.Module):
@@ -362,6 +557,55 @@ def test_a_place_that_cannot_be_written(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
     assert (tmp_path / "old").read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "old", "pipe"]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A model with its weights beside it, and a function that exports there again."""
+    monkeypatch.setattr(storage, "_INLINE_LIMIT", 1 << 10)
+    x, path = torch.randn(3, 64), tmp_path / "model.onnx"
+    analog = cases.analog(lambda: nn.Linear(64, 64), cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), path)
+    return path, lambda: export_onnx(analog, (x,), path, verify=False)
+
+
+def test_an_export_in_another_s_place_leaves_only_its_own_weights(large, monkeypatch):
+    path, export = large
+    (path.parent / "model.onnx.notes.data").write_text("mine")
+    before = names(path.parent)
+    export()
+    after = names(path.parent)
+    assert len(after) == 3 and before != after
+    load_onnx_sites(path).sites[0].weight()
+    monkeypatch.setattr(storage, "_INLINE_LIMIT", 1 << 20)
+    export()
+    assert names(path.parent) == ["model.onnx", "model.onnx.notes.data"]
+
+
+def test_an_export_that_fails_at_the_last_step_changes_nothing(large, monkeypatch):
+    path, export = large
+    before = {p: p.read_bytes() for p in path.parent.iterdir()}
+    real = os.replace
+
+    def fails(source, target):
+        if target == path:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", fails)
+    with pytest.raises(OnnxError, match="cannot be written: No space left"):
+        export()
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_a_link_stays_a_link(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["afm"], x)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/model.onnx")
+    export_onnx(analog, (x,), tmp_path / "link", verify=False)
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "folder") == ["model.onnx"]
 
 
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from analogfx import analogize, export_onnx
+from analogfx.errors import OnnxError
+from analogfx.onnx import operators
 from analogfx.onnx.export import _seeds
+from analogfx.onnx.noise import without_draws
 
 RUNS = 200
 
@@ -151,24 +154,6 @@ def test_the_first_draws_of_seeds_are_independent():
     assert_standard_normal(np.stack(first).reshape(RUNS, -1))
 
 
-def zero_draws(nodes):
-    """Put zeros in the place of random numbers, and count the places."""
-    replaced, count = [], 0
-    for node in nodes:
-        if node.op_type != "RandomNormalLike":
-            replaced.append(node)
-            continue
-        count += 1
-        (y,) = node.output
-        replaced += [
-            onnx.helper.make_node("Shape", node.input, [f"{y}_shape"]),
-            onnx.helper.make_node("ConstantOfShape", [f"{y}_shape"], [y]),  # of float32 zeros
-        ]
-    del nodes[:]
-    nodes.extend(replaced)
-    return count
-
-
 @pytest.mark.parametrize(
     ("model", "config", "level"),
     [
@@ -188,10 +173,8 @@ def test_a_file_is_the_noiseless_one_without_its_draws(model, config, level, tmp
         # Level qdq keeps integers for noiseless sites; with noise it is what standard is.
         of = "standard" if level == "qdq" and not noise else level
         export_onnx(analog, (x,), path, level=of, noise=noise, verify=False)
-        proto = onnx.load(path)
-        parts = (proto.graph, *proto.functions)
-        assert bool(sum(zero_draws(part.node) for part in parts)) == noise
-        opened = session(proto)
+        assert (b"RandomNormalLike" in path.read_bytes()) == noise
+        opened = session(onnx.load(without_draws(path)))
         outputs.append(opened.run(None, {opened.get_inputs()[0].name: x.numpy()})[0])
     np.testing.assert_array_equal(*outputs)
 
@@ -206,3 +189,37 @@ def test_noise_repeats_with_its_seed(tmp_path):
     np.testing.assert_array_equal(runs[0], runs[1])
     assert not (runs[0] == runs[2]).all()
     assert not (runs[0][0] == runs[0][1]).all()
+
+
+@pytest.mark.parametrize(("dtype", "states", "opset"), [
+    (torch.float32, 14, 21), (torch.bfloat16, 0, 18), (torch.float16, 254, 18),
+    (torch.float64, 0, 21),
+], ids=str)  # fmt: skip
+def test_noise_of_every_kind_of_weight_runs(dtype, states, opset, tmp_path):
+    config = cases.config(modifier__noise_type="AddNormal", modifier__std_dev=0.1)
+    if states:
+        config.modifier.quantization_type, config.modifier.res = "Discretize", states
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, config, x).to(dtype)
+    export_onnx(analog, (x.to(dtype),), tmp_path / "m", noise=True, opset=opset)
+
+
+def test_a_noisy_file_that_disagrees_is_refused(tmp_path, monkeypatch):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, samples.EVERYTHING, x)
+    right = operators._step
+    monkeypatch.setattr(
+        operators, "_step", lambda w, bound, res, dtype: right(w, bound, res / 2, dtype)
+    )
+    with pytest.raises(OnnxError, match="disagrees with Sequential at 0"):
+        export_onnx(analog, (x,), tmp_path / "m", noise=True)
+
+
+def test_noise_that_cannot_be(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, samples.EVERYTHING, x)
+    with pytest.raises(OnnxError, match="opset = 22: with noise=True expected 18 to 21"):
+        export_onnx(analog, (x,), tmp_path / "m", noise=True, opset=22)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["int8"], x)
+    with pytest.warns(UserWarning, match="Sequential has no noise: the file is deterministic"):
+        export_onnx(analog, (x,), tmp_path / "m", noise=True)

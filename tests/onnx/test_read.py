@@ -30,9 +30,15 @@ def external(tmp_path_factory):
     analog = cases.analog(lambda: nn.Linear(64, 64), cases.CONFIGS["afm"], x)
     path = tmp_path_factory.mktemp("external") / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("analogfx.onnx.export._INLINE_LIMIT", 1 << 10)
+        patch.setattr("analogfx.onnx.storage._INLINE_LIMIT", 1 << 10)
         export_onnx(analog, (x,), path)
     return path
+
+
+def weights_of(path):
+    """The file beside a model that holds its weights."""
+    (data,) = (p for p in path.parent.iterdir() if cases.DATA.fullmatch(p.name))
+    return data
 
 
 def changed(path, out, change):
@@ -164,8 +170,8 @@ def relocate(location, **entries):
 def test_weights_stay_in_the_folder(location, entries, message, external, tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
-    shutil.copy(external.with_name("model.onnx.data"), inside)
-    shutil.copy(external.with_name("model.onnx.data"), tmp_path)
+    for folder in (inside, tmp_path):
+        shutil.copy(weights_of(external), folder / "model.onnx.data")
     (inside / "link.data").symlink_to(tmp_path / "model.onnx.data")
     (inside / "folder").symlink_to(tmp_path)
     path = changed(external, inside / "model.onnx", relocate(location, **entries))
@@ -176,6 +182,6 @@ def test_weights_stay_in_the_folder(location, entries, message, external, tmp_pa
 def test_weights_beside_the_file_are_read_when_asked_for(external):
     (site,) = load_onnx_sites(external).sites
     assert site.weight().shape == (64, 64)
-    external.with_name("model.onnx.data").write_bytes(b"short")
+    weights_of(external).write_bytes(b"short")
     with pytest.raises(OnnxError, match="cannot be read"):
         site.weight()

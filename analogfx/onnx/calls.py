@@ -1,0 +1,178 @@
+"""Which site a node of an exported graph is.
+
+While torch's exporter traces a model, every call of a fused op becomes a call of the provisional op
+``analogfx_onnx::site``, which carries the number of its site; in ONNX it is a node ``Site`` that
+carries the same. Counting nodes would not do: a call whose result is unused leaves no node.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.values import Op, Opset
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import analogfx.ops  # noqa: F401 (registers the fused ops)
+from analogfx.errors import OnnxError
+from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import MVMSpec, decode
+from analogfx.module import AnalogModule
+from analogfx.module import sites as analog_sites
+from analogfx.onnx.writer import DOMAIN, VERSION
+from analogfx.program import AnalogSite
+
+_FUSED = (torch.ops.analogfx.analog_linear.default, torch.ops.analogfx.analog_conv.default)
+
+_library = torch.library.Library("analogfx_onnx", "DEF")
+_library.define(
+    "site(Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, int number, str window, "
+    "str spec) -> Tensor"
+)
+
+
+def _fake_site(
+    x: Tensor, weight: Tensor, bias: Any, input_range: Any, number: int, window: str, spec: str
+) -> Tensor:
+    """What the fused op would return."""
+    fused = _FUSED[bool(window)]
+    texts = (window, spec) if window else (spec,)
+    y: Tensor = fused(x, weight, bias, input_range, None, None, *texts)[0]
+    return y
+
+
+torch.library.register_fake("analogfx_onnx::site", _fake_site, lib=_library)
+
+SITE = torch.ops.analogfx_onnx.site.default
+
+
+@dataclass(frozen=True)
+class SiteCall:
+    """One call of a site in a captured graph."""
+
+    node: ir.Node
+    """The provisional node: inputs x, weight, bias, input_range."""
+    path: str
+    """Path of the module."""
+    module: AnalogModule
+    site: AnalogSite
+    spec: MVMSpec
+    window: Window | None
+    """Geometry of a convolution that makes no patches, else None."""
+
+    def is_convolution(self) -> bool:
+        """Whether the model convolves here, with or without patches."""
+        return self.site.weight(self.module).dim() > 2
+
+
+# ---------------------------------------------------------------------------------- in torch
+
+
+class _Numbering(TorchFunctionMode):
+    """Turns the fused ops of one module's forward into provisional ones, numbered as they come."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.numbers = itertools.count(first)
+        self.seen = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in _FUSED:
+            return func(*args, **(kwargs or {}))
+        self.seen += 1
+        *operands, spec = args
+        window = "".join(operands[6:])
+        # The fused ops' other outputs are for the backward.
+        return SITE(*operands[:4], next(self.numbers), window, spec), None, None
+
+
+@contextmanager
+def numbered(analog: nn.Module) -> Iterator[None]:
+    """A context in which the sites of a model run as provisional ops."""
+    first, placements = 0, []
+    for path, module in analog.named_modules():
+        if isinstance(module, AnalogModule):
+            placement = module._analog
+            placement.forward = functools.partial(_forward, path, first)  # type: ignore
+            placements.append(placement)
+            first += len(placement.sites)
+    try:
+        yield
+    finally:
+        for placement in placements:
+            del placement.forward
+
+
+def _forward(
+    path: str, first: int, module: AnalogModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    placement = module._analog
+    with _Numbering(first) as numbering:
+        out = type(placement).forward(placement, module, args, kwargs)
+    if numbering.seen != len(placement.sites):
+        raise OnnxError(
+            f"{path or type(module).__name__}: {numbering.seen} of its {len(placement.sites)} "
+            "analog products are fused ops, and the others have no translation"
+        )
+    return out
+
+
+# ----------------------------------------------------------------------------------- in ONNX
+
+
+def translate(
+    x: Any, weight: Any, bias: Any, input_range: Any, number: int, window: str, spec: str
+) -> Any:
+    """The provisional node of a provisional op; clips are read off the module later."""
+    site = Op(Opset(DOMAIN, VERSION), "Site", _schema())
+    return site(x, weight, bias, input_range, number=number, window=window, spec=spec)
+
+
+def _schema() -> onnx.defs.OpSchema:
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    parameter = onnx.defs.OpSchema.FormalParameter
+    attribute, kind = onnx.defs.OpSchema.Attribute, onnx.defs.OpSchema.AttrType
+    return onnx.defs.OpSchema(
+        "Site",
+        DOMAIN,
+        VERSION,
+        inputs=[
+            parameter("x", "T"),
+            parameter("weight", "T"),
+            parameter("bias", "T", param_option=optional),
+            parameter("input_range", "R", param_option=optional),
+        ],
+        outputs=[parameter("y", "T")],
+        type_constraints=[("T", floats, ""), ("R", floats, "")],
+        attributes=[
+            attribute("number", kind.INT),
+            attribute("window", kind.STRING),
+            attribute("spec", kind.STRING),
+        ],
+    )
+
+
+def is_site(node: ir.Node) -> bool:
+    """Whether a node is a provisional one."""
+    return (node.domain, node.op_type) == (DOMAIN, "Site")
+
+
+def site_calls(analog: nn.Module, graph: ir.Graph) -> Iterator[SiteCall]:
+    """The calls of a model's sites, in the order of a graph."""
+    sites = list(analog_sites(analog))
+    for node in filter(is_site, graph):
+        path, module, site = sites[node.attributes["number"].as_int()]
+        window, spec = (node.attributes[name].as_string() for name in ("window", "spec"))
+        geometry = decode(Window, window) if window else None
+        yield SiteCall(node, path, module, site, decode(MVMSpec, spec), geometry)

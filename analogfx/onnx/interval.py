@@ -1,0 +1,104 @@
+"""What a site may give for an input, whoever computes it.
+
+A product of floats may be summed in any order, so it is an interval. The converters behind it never
+fall where their input rises, and nor does the sum over tiles; so a site's output is an interval,
+too, whose ends are apart by rounding, or at a tie of an ADC by its step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from analogfx.kernels import reference as ref
+from analogfx.kernels.conv import convolve
+from analogfx.onnx.sites import Programmed
+
+_OTHER_ROUNDINGS = 8
+"""Roundings of a product beside those of its sum: scales of codes, and this module's own."""
+
+
+@torch.no_grad()
+def interval(site: Programmed, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The least and the largest output of a site.
+
+    Args:
+        x: its input, (..., G I), or an image (B, C, ...), in host memory.
+        bias: (O,), or None.
+
+    Returns:
+        Two tensors of the output's shape and of x's dtype.
+    """
+    compute = _linear if site.call.window is None else _convolution
+    low, high = compute(site, ref.wide(x))
+    if bias is not None:
+        added = ref.wide(bias).reshape(-1, *[1] * _places(site))
+        low, high = low + added, high + added
+    return low.to(x.dtype), high.to(x.dtype)
+
+
+def _places(site: Programmed) -> int:
+    """Axes behind that of the outputs."""
+    return 0 if site.call.window is None else len(site.call.window.stride)
+
+
+def _linear(site: Programmed, x: Tensor) -> tuple[Tensor, Tensor]:
+    groups, sizes = site.spec.groups, list(site.spec.in_sizes)
+    xs = x.unflatten(-1, (groups, sum(sizes))).split(sizes, -1)
+    ws = site.held().cpu().unflatten(0, (groups, -1)).split(sizes, -1)
+    low = high = x.new_zeros(())
+    for tile, (x_t, w_t) in enumerate(zip(xs, ws, strict=True)):
+        converted, r = _converted(site, x_t, tile)
+        y = torch.einsum("...gi,goi->...go", converted, w_t)
+        size = torch.einsum("...gi,goi->...go", converted.abs(), w_t.abs())
+        slack = size * _units(w_t.shape[-1], w_t.dtype)
+        low = low + _digitized(site, y - slack, r, tile)
+        high = high + _digitized(site, y + slack, r, tile)
+    return low.flatten(-2), high.flatten(-2)
+
+
+def _convolution(site: Programmed, x: Tensor) -> tuple[Tensor, Tensor]:
+    window, groups = site.call.window, site.spec.groups
+    assert window is not None
+    held = site.held().cpu()
+    kernel = held.view(held.shape[0], -1, *window.kernel_size)
+    converted, r = _converted(site, x, 0)
+    y = convolve(converted, kernel, window, groups)
+    size = convolve(converted.abs(), kernel.abs(), window, groups)
+    slack = size * _units(held.shape[1], held.dtype)
+    return _digitized(site, y - slack, r, 0), _digitized(site, y + slack, r, 0)
+
+
+def _units(depth: int, dtype: torch.dtype) -> float:
+    """Most that a product may be off by, over the product of magnitudes.
+
+    Two sums of so many products, a runtime's and this module's, are each off by as many roundings.
+    """
+    return (2 * depth + _OTHER_ROUNDINGS) * torch.finfo(dtype).eps / 2
+
+
+def _converted(site: Programmed, x_t: Tensor, tile: int) -> tuple[Tensor, Tensor | None]:
+    """A tile's input behind the DAC, and its range."""
+    mode, ranges = site.spec.range_mode, site.input_range()
+    if mode == "none":
+        return x_t, None
+    if mode == "dynamic":
+        r = ref.range_dynamic(x_t)
+    else:
+        assert ranges is not None
+        r = ranges[tile].cpu()
+    return ref.dac(x_t, r, site.spec.inp_res, clamp=mode != "dynamic"), r
+
+
+def _digitized(site: Programmed, y: Tensor, r: Tensor | None, tile: int) -> Tensor:
+    """A tile's product behind the ADC."""
+    spec = site.spec
+    if not spec.out_bound:
+        return y
+    assert r is not None and site.maxima is not None
+    a = site.maxima[tile].cpu()
+    a = a if spec.bound_per_channel else ref.tile_max(a, spec.out_sizes)
+    by_group = () if site.call.window is not None else (spec.groups,)
+    a = a.reshape(*by_group, -1, *[1] * _places(site))
+    bound = ref.adc_bound(r, a, spec.out_bound)
+    return ref.clamp_to(ref.adc_(y, bound, spec.out_res), bound)
