@@ -1,7 +1,8 @@
 """The analog sites of an ONNX file, for toolchains, tests and people.
 
-A file is data to distrust: it is parsed, never run; names must exist, shapes must fit, tensors
-must lie inside the file's own folder and inside their files.
+A file is data to distrust: it is parsed, never run. Its record must have the right fields of the
+right types (:mod:`analogfx.onnx.fields`) and say what the graph says; tensors must have the right
+types and shapes, and lie inside the file's own folder and inside their files.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import ConfigError, OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
+from analogfx.onnx import fields
 from analogfx.onnx.export import METADATA
 from analogfx.onnx.levels import LEVELS
-from analogfx.onnx.sites import SCHEMA
+from analogfx.onnx.operators import AnalogConv, AnalogLinear
+from analogfx.onnx.sites import SCHEMA, tile_map
+from analogfx.onnx.writer import DOMAIN
 
 _MALFORMED = (
     ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError,
@@ -52,6 +58,8 @@ class OnnxSite:
     """Names of the nodes that compute the site, at level "fused"; else their prefix."""
     tensors: Mapping[str, Tensor] = field(repr=False)
     """Constants by input of the op: "weight", "weight_scale", "bias", ..."""
+    integer: bool = False
+    """Whether the file multiplies codes by codes here: level "qdq", where the numbers allow it."""
 
     @property
     def tile_grid(self) -> tuple[int, int]:
@@ -101,7 +109,7 @@ class OnnxSites:
         header = ("site", "op", "weight", "type", "tiles", "range", "DAC", "ADC", "bound")
         rows = [
             (
-                s.name,
+                printable(s.name),
                 s.op,
                 "x".join(map(str, s.weight_shape)),
                 s.weight_type,
@@ -118,10 +126,19 @@ class OnnxSites:
             for row in (header, tuple("-" * w for w in widths), *rows)
         ]
         tiles = sum(math.prod(s.tile_grid) for s in self.sites)
+        version = printable(self.version)
         lines.append(
-            f"{len(self.sites)} sites on {tiles} tiles, level {self.level}, analogfx {self.version}"
+            f"{len(self.sites)} sites on {tiles} tiles, level {self.level}, analogfx {version}"
         )
+        if self.level == "qdq":
+            integers = sum(s.integer for s in self.sites)
+            lines.append(f"{integers} of {len(self.sites)} sites multiply integers")
         return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """A text of a file with escapes for what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -204,59 +221,154 @@ def read(path: str | os.PathLike[str]) -> OnnxSites:
         record = json.loads(metadata[0])
         if record["schema"] != SCHEMA:
             raise OnnxError(f"{file} has schema {record['schema']!r}; this version reads {SCHEMA}")
-        return _sites(record, {t.name: Tensor(t, file.parent) for t in model.graph.initializer})
+        return _sites(record, _Graph(model.graph, file.parent))
     except (*_MALFORMED, OSError) as error:
-        raise OnnxError(f"{file} is damaged: {error or type(error).__name__}") from error
+        text = printable(str(error) or type(error).__name__)
+        raise OnnxError(f"{file} is damaged: {text}") from error
 
 
-def _sites(record: dict[str, Any], tensors: dict[str, Tensor]) -> OnnxSites:
-    if record["level"] not in LEVELS:
-        raise ValueError(f"level is {record['level']!r}")
-    configs = [TorchInferenceRPUConfig.from_dict(config) for config in record["configs"]]
-    sites = [_site(site, record["modules"], configs, tensors) for site in record["sites"]]
-    return OnnxSites(str(record["analogfx"]), record["level"], tuple(sites))
+class _Graph:
+    """What a record names in a graph."""
+
+    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+        self.tensors = {t.name: Tensor(t, folder) for t in graph.initializer}
+        self.size = len(graph.node)
+        self.nodes: dict[str, list[NodeProto]] = defaultdict(list)
+        """By name, and by what stands before the last slash of it."""
+        for node in graph.node:
+            for name in {node.name, node.name.rpartition("/")[0]}:
+                self.nodes[name].append(node)
+
+
+def _sites(record: dict[str, Any], graph: _Graph) -> OnnxSites:
+    level = fields.one_of(record["level"], LEVELS, "level")
+    version = fields.text(record["analogfx"], "analogfx")
+    records = fields.listed(record["sites"], "sites")
+    if len(records) > graph.size:
+        raise ValueError(f"{len(records)} sites in a graph of {graph.size} nodes")
+    configs = [TorchInferenceRPUConfig.from_dict(c) for c in record["configs"][: len(records)]]
+    sites = [_site(site, level, record["modules"], configs, graph) for site in records]
+    names = [site.name for site in sites]
+    if len(set(names)) < len(names):
+        raise ValueError("two sites have the same name")
+    return OnnxSites(version, level, tuple(sites))
 
 
 def _site(
     record: dict[str, Any],
+    level: str,
     modules: dict[str, int],
     configs: list[TorchInferenceRPUConfig],
-    tensors: dict[str, Tensor],
+    graph: _Graph,
 ) -> OnnxSite:
-    name, window = str(record["name"]), record["window"]
-    held = {key: tensors[initializer] for key, initializer in record["initializers"].items()}
+    labels = fields.texts(record["nodes"], "nodes")
+    found = {label: graph.nodes.get(label, []) for label in labels}
+    spec = fields.spec(record["spec"])
+    number = fields.whole(modules[fields.text(record["module"], "module")], "modules")
     site = OnnxSite(
-        name=name,
-        op=record["op"],
-        weight_shape=tuple(record["weight_shape"]),
-        tiles=tuple(record["tiles"]),
-        spec=MVMSpec(**record["spec"]),
-        window=None if window is None else Window(**window),
-        config=configs[modules[record["module"]]],
-        nodes=tuple(record["nodes"]),
-        tensors=held,
+        name=fields.text(record["name"], "name"),
+        op=fields.one_of(record["op"], ("AnalogLinear", "AnalogConv"), "op"),
+        weight_shape=fields.wholes(record["weight_shape"], "weight_shape", least=1),
+        tiles=_tiles(fields.listed(record["tiles"], "tiles"), spec),
+        spec=spec,
+        window=fields.window(record["window"]),
+        config=configs[number],
+        nodes=labels,
+        tensors={key: graph.tensors[name] for key, name in record["initializers"].items()},
+        integer=any(n.op_type in _INTEGER for nodes in found.values() for n in nodes),
     )
     _check_shapes(site)
+    _check_tensors(site)
+    _check_nodes(site, level, found)
     return site
 
 
+_INTEGER = ("MatMulInteger", "QLinearConv")
+_FLOATS = ("float", "float16", "bfloat16", "double")
+_CODES = ("int8", "int4")
+
+
+def _tiles(record: list[Any], spec: MVMSpec) -> tuple[dict[str, Any], ...]:
+    """The tile map, which must be that of the sizes."""
+    count = len(spec.in_sizes) * len(spec.out_sizes)
+    if len(record) != count or record != (expected := tile_map(spec)):
+        raise ValueError(f"tiles is no map of the {count} tiles of in_sizes and out_sizes")
+    return tuple(expected)
+
+
 def _check_shapes(site: OnnxSite) -> None:
-    """Refuse constants that do not fit the site's tiles."""
+    """Refuse tiles that do not cover the weight."""
     if site.op != ("AnalogLinear" if site.window is None else "AnalogConv"):
         raise ValueError(f"{site.name} is a {site.op!r}")
     outputs, inputs = site.weight_shape[0], math.prod(site.weight_shape[1:])
-    rows = len(site.spec.in_sizes)
-    if sum(site.spec.in_sizes) != inputs or sum(site.spec.out_sizes) != outputs:
+    spec = site.spec
+    if sum(spec.in_sizes) != inputs or sum(spec.out_sizes) != outputs or outputs % spec.groups:
         raise ValueError(f"the tiles of {site.name} do not cover its weight {site.weight_shape}")
+    if site.window is not None and site.weight_shape[2:] != tuple(site.window.kernel_size):
+        raise ValueError(f"the weight of {site.name} {site.weight_shape} is not as its window")
+
+
+def _check_tensors(site: OnnxSite) -> None:
+    """Refuse constants of the wrong type or shape."""
+    outputs, rows = site.weight_shape[0], len(site.spec.in_sizes)
+    codes = "weight_scale" in site.tensors
+    real = ("float", "double")
     expected = {
-        "weight": site.weight_shape,
-        "weight_scale": (rows, outputs),
-        "bias": (outputs,),
-        "input_range": (rows,),
-        "weight_max": (rows, outputs),
+        "weight": (site.weight_shape, _CODES if codes else _FLOATS),
+        "weight_scale": ((rows, outputs), real),
+        "bias": ((outputs,), _FLOATS),
+        "input_range": ((rows,), real),
+        "weight_max": ((rows, outputs), real),
     }
     for name, tensor in site.tensors.items():
-        if tensor.shape != expected[name]:
-            raise ValueError(f"{name} of {site.name} is {tensor.shape}, not {expected[name]}")
+        shape, types = expected[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} of {site.name} is {tensor.shape}, not {shape}")
+        if tensor.type not in types:
+            raise ValueError(f"{name} of {site.name} is {tensor.type}, not {' or '.join(types)}")
         tensor.check()
     site.tensors["weight"]
+
+
+# ------------------------------------------------------------------------------------- nodes
+
+
+def _check_nodes(site: OnnxSite, level: str, found: Mapping[str, Sequence[NodeProto]]) -> None:
+    """Refuse a record whose nodes are missing or say something else."""
+    for label, nodes in found.items():
+        if not nodes:
+            raise ValueError(f"{site.name} has no node {label}")
+        noted = {e.value for n in nodes for e in n.metadata_props if e.key == METADATA}
+        if noted != {site.name}:
+            raise ValueError(f"node {label} belongs to {sorted(noted)}, not to {site.name}")
+        if level == "fused":
+            _check_attributes(site, [node for node in nodes if node.name == label])
+
+
+def _check_attributes(site: OnnxSite, nodes: Sequence[NodeProto]) -> None:
+    for node in nodes:
+        if (node.domain, node.op_type) != (DOMAIN, site.op):
+            raise ValueError(f"node {node.name} is a {node.domain} {node.op_type}, not {site.op}")
+        given = {a.name: _value(helper.get_attribute_value(a)) for a in node.attribute}
+        for name, value in _attributes(site).items():
+            if given.get(name) != _value(value):
+                raise ValueError(
+                    f"node {node.name} has {name} {given.get(name)}, its record {value}"
+                )
+
+
+def _attributes(site: OnnxSite) -> dict[str, Any]:
+    """What the nodes of a site say at level "fused", but for noise."""
+    given = site.spec, ir.DataType.FLOAT, "weight_scale" in site.tensors
+    if site.window is None:
+        return AnalogLinear(*given).attributes()
+    return AnalogConv(*given, window=site.window).attributes()
+
+
+def _value(value: Any) -> Any:
+    """An attribute as a file holds it."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, float):
+        return float(np.float32(value))
+    return list(value) if isinstance(value, (list, tuple)) else value

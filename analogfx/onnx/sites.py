@@ -223,7 +223,7 @@ def record(site: Programmed, inputs: dict[str, str], nodes: list[str]) -> dict[s
         "op": "AnalogLinear" if window is None else "AnalogConv",
         "parameter": site.call.site.name,
         "weight_shape": list(weight_of(site.call).shape),
-        "tiles": _tile_map(spec),
+        "tiles": tile_map(spec),
         "spec": {name: getattr(spec, name) for name in _RECORDED},
         "window": None if window is None else window._asdict(),
         "initializers": inputs,
@@ -239,7 +239,7 @@ _RECORDED = (
 """The scalars that a file tells: its format does not change with what kernels want to know."""
 
 
-def _tile_map(spec: MVMSpec) -> list[dict[str, Any]]:
+def tile_map(spec: MVMSpec) -> list[dict[str, Any]]:
     """Every tile's place in the grid and its slice of the weight matrix (outputs, inputs)."""
     rows, columns = (_spans(sizes) for sizes in (spec.in_sizes, spec.out_sizes))
     return [

@@ -1,4 +1,8 @@
+import contextlib
+import functools
 import json
+import math
+import operator
 import random
 import shutil
 
@@ -96,8 +100,7 @@ def test_flipped_bits_give_a_file_or_an_error(exported, tmp_path):
             damaged = damaged[: draw.randrange(len(damaged))]
         path.write_bytes(damaged)
         try:
-            for site in load_onnx_sites(path).sites:
-                site.weight()
+            use(path)
         except OnnxError:
             refused += 1
     assert refused > 100  # most of the bytes are the record, and most of its bytes matter
@@ -120,6 +123,85 @@ def test_foreign_files(content, message, tmp_path):
         load_onnx_sites(tmp_path)
 
 
+def attribute(model, name, value):
+    """Give the first site's node another attribute."""
+    node = next(n for n in model.graph.node if n.domain)
+    (held,) = [a for a in node.attribute if a.name == name]
+    held.f = value
+
+
+def retyped(model, name, kind):
+    """Give a tensor another type, and as many elements of it."""
+    (tensor,) = [t for t in model.graph.initializer if t.name == name]
+    dims = list(tensor.dims)
+    tensor.Clear()
+    tensor.name, tensor.data_type = name, kind
+    tensor.dims.extend(dims)
+    if kind == TensorProto.STRING:
+        tensor.string_data.extend([b"x"] * math.prod(dims))
+    else:
+        tensor.raw_data = bytes(math.prod(dims))
+
+
+def use(path):
+    """All that a reader may ask of a file."""
+    found = load_onnx_sites(path)
+    for site in found.sites:
+        site.weight(), site.codes(), site.tile_grid, repr(site)
+        for name in site.tensors:
+            site.array(name)
+    return str(found)
+
+
+def places(node, path=()):
+    """Every place in nested lists and dicts."""
+    yield path
+    keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    for key in keys:
+        yield from places(node[key], (*path, key))
+
+
+ODD = [None, "x", "\x1b[2J", -1, 0, 10**9, 2**70, 1.5, float("nan"), True, [], {}, [[1]]]
+
+
+def test_a_record_with_any_odd_value_is_read_or_refused(exported, tmp_path):
+    model = onnx.load(exported[1])
+    (entry,) = [e for e in model.metadata_props if e.key == "ai.analogfx"]
+    whole, path, refused = entry.value, tmp_path / "odd.onnx", 0
+    for place in places(json.loads(whole)):
+        for value in ODD if place else ():
+            record = json.loads(whole)
+            *outer, last = place
+            functools.reduce(operator.getitem, outer, record)[last] = value
+            entry.value = json.dumps(record)
+            path.write_bytes(model.SerializeToString())
+            try:
+                said = use(path)
+            except OnnxError as error:
+                said, refused = str(error), refused + 1
+            assert "\x1b" not in said
+    assert refused > 1000
+
+
+def test_a_name_cannot_command_a_terminal(exported, tmp_path):
+    def rename(record, model):
+        record["sites"][0]["name"] = name = "\x1b[2Jä"
+        for entry in (e for n in model.graph.node for e in n.metadata_props):
+            entry.value = name if entry.value == "0" else entry.value
+
+    text = str(load_onnx_sites(changed(exported[1], tmp_path / "model.onnx", rename)))
+    assert "\x1b" not in text and r"\x1b[2Jä" in text
+
+
+def test_the_table_counts_integer_sites(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["int8"], x)
+    export_onnx(analog, (x,), tmp_path / "m", level="qdq")
+    found = load_onnx_sites(tmp_path / "m")
+    assert all(site.integer for site in found.sites)
+    assert str(found).endswith("2 of 2 sites multiply integers")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -128,8 +210,26 @@ def test_foreign_files(content, message, tmp_path):
         (lambda r, m: r.update(sites=7), "is damaged"),
         (lambda r, m: r["configs"][0]["forward"].update(inp=1), "is damaged: forward.inp"),
         (lambda r, m: r["sites"][0]["initializers"].pop("weight"), "is damaged: 'weight'"),
-        (lambda r, m: r["sites"][0]["spec"].update(in_sizes=[5, 6]), "do not cover its weight"),
-        (lambda r, m: r["sites"][0].update(op="Gemm"), "0 is a 'Gemm'"),
+        (
+            lambda r, m: r["sites"][0]["spec"].update(in_sizes=[5, 6]),
+            "tiles is no map of the 2 tiles",
+        ),
+        (lambda r, m: r["sites"][0].update(op="Gemm"), "op is 'Gemm', not one of"),
+        (lambda r, m: r["sites"][0].update(weight_shape=[9, 13]), "do not cover its weight"),
+        (lambda r, m: r["sites"][0].update(op="AnalogConv"), "0 is a 'AnalogConv'"),
+        (lambda r, m: r["sites"][0]["spec"].update(inp_res="x"), "inp_res is 'x', not a number"),
+        (lambda r, m: r["sites"][0]["spec"].update(range_mode=None), "range_mode is None"),
+        (lambda r, m: r["sites"][0]["spec"].update(in_sizes=[18, -6]), "in_sizes is -6"),
+        (lambda r, m: r["sites"][0]["spec"].pop("groups"), "spec has"),
+        (lambda r, m: r["sites"][0]["tiles"][0].update(inputs=[0, 10**9]), "tiles is no map"),
+        (lambda r, m: r["sites"][0].update(nodes=["absent"]), "0 has no node absent"),
+        (lambda r, m: r["sites"][0].update(nodes=["2"]), r"node 2 belongs to \['2'\], not to 0"),
+        (lambda r, m: r["sites"].append(r["sites"][0]), "two sites have the same name"),
+        (lambda r, m: r.update(sites=100 * r["sites"]), "200 sites in a graph of"),
+        (lambda r, m: r["modules"].update({"0": 1}), "index out of range"),
+        (lambda r, m: attribute(m, "inp_res", 3.0), "has inp_res 3.0, its record 62.0"),
+        (lambda r, m: retyped(m, "0.analog_weight", TensorProto.BOOL), "is bool, not int8 or int4"),
+        (lambda r, m: retyped(m, "0.weight_scale", TensorProto.STRING), "is string, not float"),
         (
             lambda r, m: r["sites"][0]["initializers"].update(bias="0.weight_scale"),
             r"bias of 0 is \(2, 9\), not \(9,\)",
@@ -177,6 +277,18 @@ def test_weights_stay_in_the_folder(location, entries, message, external, tmp_pa
     path = changed(external, inside / "model.onnx", relocate(location, **entries))
     with pytest.raises(OnnxError, match=message):
         load_onnx_sites(path)
+
+
+def test_flipped_bits_of_a_file_with_weights_beside_it(external, tmp_path):
+    shutil.copy(weights_of(external), tmp_path)
+    whole, draw, path = external.read_bytes(), random.Random(0), tmp_path / "flipped.onnx"
+    at = whole.index(b"location")  # there, and in what follows it
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[at + draw.randrange(-40, 120)] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(OnnxError):
+            use(path)
 
 
 def test_weights_beside_the_file_are_read_when_asked_for(external):
