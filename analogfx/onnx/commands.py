@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--model",
         metavar="MODULE:FACTORY",
-        help="function that returns the digital model; not needed if the checkpoint folder has "
-        "the config.json of a transformers model",
+        help="function that returns the digital model, of a module that is installed or in the "
+        "current folder; not needed if the checkpoint folder has the config.json of a "
+        "transformers model",
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="what analogfx.save() wrote"
@@ -100,17 +103,33 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
 def _factory(name: str) -> nn.Module:
     """The model that ``package.module:factory`` returns."""
     module, _, factory = name.partition(":")
-    try:
-        make: Any = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise OnnxError(f"--model {name}: {error}; expected package.module:factory") from error
-    try:
-        model = make()
-    except Exception as error:  # it is the user's code
-        raise OnnxError(f"--model {name} failed: {type(error).__name__}: {error}") from error
+    with _importing_from_here():
+        try:
+            make: Any = getattr(importlib.import_module(module), factory)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise OnnxError(f"--model {name}: {error}; expected package.module:factory") from error
+        except Exception as error:  # it is the user's code
+            raise OnnxError(
+                f"--model {name}: importing {module} failed: {type(error).__name__}: {error}"
+            ) from error
+        try:
+            model = make()
+        except Exception as error:
+            raise OnnxError(f"--model {name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise OnnxError(f"--model {name} returned a {type(model).__name__}, not an nn.Module")
     return model
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """The current folder in front of the places to import from, as ``python -m`` has it."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _transformers(folder: Path) -> nn.Module:

@@ -1,5 +1,7 @@
 import argparse
+import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import onnx_cases as cases
@@ -75,6 +77,31 @@ def test_models_that_cannot_be_made(checkpoint, tmp_path, monkeypatch):
         call("export", "--model", "factory:config", *rest)
     with pytest.raises(OnnxError, match="factory:Case failed: TypeError"):
         call("export", "--model", "factory:Case", *rest)
+
+
+def test_a_module_in_the_current_folder_is_found(checkpoint, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5, bias=False))\n"
+    )
+    subprocess.run(
+        [Path(sys.executable).parent / "analogfx", "export", "--model", "mine:make",
+         "--checkpoint", checkpoint, "--input", "1,12", "--out", "m.onnx", "--no-verify"],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "m.onnx").is_file()
+
+
+@pytest.mark.parametrize(("text", "error"), [("def make(:", "SyntaxError"), ("1 / 0", "Zero")])
+def test_a_module_that_cannot_be_imported(text, error, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    (tmp_path / f"broken{error}.py").write_text(text)
+    with pytest.raises(OnnxError, match=rf"--model broken\w+:make: importing .* failed: {error}"):
+        call("export", "--model", f"broken{error}:make", "--checkpoint", checkpoint, "--input",
+             "1,12", "--out", tmp_path / "m.onnx")  # fmt: skip
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(
