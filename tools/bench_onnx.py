@@ -2,43 +2,50 @@
 
 Suites: ``sizes`` (bytes of a file by weight bits), ``latency`` (ONNX Runtime on the CPU, every
 level beside the digital model's export), ``memory`` (time and peak memory of an export by model
-size). One row a figure is appended to ``tools/bench_onnx_rows.jsonl``; the method is described in
-``docs/onnx/benchmark.md``, whose figures ``python tools/bench_onnx.py --table`` writes.
+size), and, only if it is named, ``ties`` (how many outputs of sites lie at an ADC's tie, in all
+cases of the tests' matrix). One row a figure is appended to ``tools/bench_onnx_rows.jsonl``; the
+method is described in ``docs/onnx/benchmark.md``, whose figures ``python tools/bench_onnx.py
+--table`` writes.
 """
 
 import argparse
 import datetime
-import itertools
 import json
 import multiprocessing
 import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 import transformers
+from bench_devices import cpu_model, installed
+from bench_rows import append_rows, commit
+from tables import markdown, with_section
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import analogfx
 from analogfx import TorchInferenceRPUConfig, WeightQuantizationType
+from analogfx.onnx.arguments import dynamic_axes
+from analogfx.onnx.levels import LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "tools" / "bench_onnx_rows.jsonl"
 PAGE = ROOT / "docs" / "onnx" / "benchmark.md"
-BEGIN, END = "<!-- python tools/bench_onnx.py --table -->", "<!-- end -->"
+COMMAND = "python tools/bench_onnx.py --table"
 PACKAGES = ("analogfx", "torch", "onnx", "onnxscript", "onnxruntime", "transformers")
-LEVELS = ("fused", "explicit", "standard", "qdq")
 REPEATS = 30
+THREADS = 1
+"""Of a call of ONNX Runtime: more of them wait for each other when a machine has other work."""
 
 Row = dict[str, Any]
 
@@ -114,8 +121,15 @@ def latency(folder: Path) -> Iterator[Row]:
         "ResNet-18, 1 image of 224": (resnet(), torch.randn(1, 3, 224, 224)),
     }
     for name, (model, x) in cases.items():
-        digital = folder / "digital.onnx"
-        torch.onnx.export(model, (x,), digital, dynamo=True, verbose=False, external_data=False)
+        torch.onnx.export(
+            model,
+            (torch.cat([x, x]),),  # a free axis cannot be traced at 1
+            folder / "digital.onnx",
+            dynamo=True,
+            dynamic_shapes=dynamic_axes((x,)),
+            verbose=False,
+            external_data=False,
+        )
         analog = calibrated(model, config(254), x)
         for level in LEVELS:
             analogfx.export_onnx(analog, (x,), folder / f"{level}.onnx", level=level)
@@ -123,21 +137,30 @@ def latency(folder: Path) -> Iterator[Row]:
         times = _race(sessions, x)
         for arm, samples in times.items():
             low, *_, high = statistics.quantiles(samples, n=5)
-            median = statistics.median(samples)
             yield {
                 "suite": "latency",
                 "model": name,
                 "arm": arm,
-                "ms": round(1e3 * median, 3),
+                "ms": round(1e3 * statistics.median(samples), 3),
+                "least": round(1e3 * min(samples), 3),
                 "p20": round(1e3 * low, 3),
                 "p80": round(1e3 * high, 3),
-                "over_digital": round(median / statistics.median(times["digital"]), 3),
+                "over_digital": _ratio(statistics.median, samples, times["digital"]),
+                "least_over_digital": _ratio(min, samples, times["digital"]),
+                "threads": THREADS,
             }
+
+
+def _ratio(
+    figure: Callable[[list[float]], float], samples: list[float], digital: list[float]
+) -> float:
+    return round(figure(samples) / figure(digital), 3)
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
     return onnxruntime.InferenceSession(str(path), options)
 
 
@@ -158,24 +181,29 @@ def _race(sessions: dict[str, onnxruntime.InferenceSession], x: Tensor) -> dict[
 def memory(folder: Path) -> Iterator[Row]:
     """Time and peak memory of exports, each in a fresh process."""
     context = multiprocessing.get_context("spawn")
-    for (width, layers), verify in itertools.product(
-        ((1024, 4), (1024, 16), (2048, 14)), (False, True)
-    ):
-        with context.Pool(1) as pool:
-            yield pool.apply(_export_once, (folder, width, layers, verify))
+    floats = [(width, layers, 0, "fused") for width, layers in ((1024, 4), (1024, 16), (2048, 14))]
+    codes = [(1024, 16, 14, "fused"), (1024, 16, 254, "qdq")]
+    for case in (*floats, *codes):
+        for verify in (False, True):
+            with context.Pool(1) as pool:
+                yield pool.apply(_export_once, (folder, *case, verify))
 
 
-def _export_once(folder: Path, width: int, layers: int, verify: bool) -> Row:
-    analog = analogfx.analogize(llama(width, layers), config(), inplace=True).eval()
+def _export_once(
+    folder: Path, width: int, layers: int, states: int, level: str, verify: bool
+) -> Row:
+    analog = analogfx.analogize(llama(width, layers), config(states), inplace=True).eval()
     weights = sum(p.numel() * p.element_size() for p in analog.parameters())
     before, start = _resident(), time.perf_counter()
     with _Peak() as peak:
         path = folder / "large.onnx"
-        analogfx.export_onnx(analog, (tokens(2, 8),), path, verify=verify)
+        analogfx.export_onnx(analog, (tokens(2, 8),), path, level=level, opset=21, verify=verify)
     return {
         "suite": "memory",
         "parameters": sum(p.numel() for p in analog.parameters()),
         "weight_bytes": weights,
+        "states": states,
+        "level": level,
         "verify": verify,
         "seconds": round(time.perf_counter() - start, 1),
         "extra_bytes": peak.bytes - before,
@@ -208,11 +236,26 @@ class _Peak:
         self._thread.join()
 
 
+def ties(folder: Path) -> Iterator[Row]:
+    """What the tests' matrix counts: every config on every model at every level."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import onnx_cases
+    import onnx_compare
+
+    found = {level: onnx_compare.Found() for level in LEVELS}
+    for case in tqdm(onnx_cases.matrix(), desc="ties", leave=False, mininterval=5):
+        found[case.level] += case.check(folder, verify=False)
+    for level, counts in found.items():
+        yield {"suite": "ties", "level": level, **vars(counts)}
+
+
 SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "sizes": sizes,
     "latency": latency,
     "memory": memory,
+    "ties": ties,
 }
+BY_DEFAULT = ("sizes", "latency", "memory")
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -227,11 +270,7 @@ EXTRA = 1.3
 def tables(recorded: list[Row]) -> str:
     """The last run of every suite as Markdown, with the goals."""
     parts = []
-    for name, table in (
-        ("sizes", size_table),
-        ("latency", latency_table),
-        ("memory", memory_table),
-    ):
+    for name, table in TABLES.items():
         rows = [row for row in recorded if row["suite"] == name]
         if not rows:
             raise SystemExit(f"{ROWS.name} has no rows of {name}: run tools/bench_onnx.py {name}")
@@ -250,14 +289,14 @@ def last_run(rows: list[Row]) -> list[Row]:
     return run
 
 
-KEYS = ("weights", "model", "arm", "parameters", "verify")
+KEYS = ("weights", "model", "arm", "parameters", "states", "level", "verify")
 """What tells the figures of a suite apart."""
 
 
 def described(row: Row) -> str:
     """Where and with what a run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-    return f"{row['date']}, {row['machine']}, {row['cores']} cores; {versions}."
+    return f"{row['date']}, commit {row['commit']}: {row['cpu']}, {row['cores']} cores; {versions}."
 
 
 def size_table(rows: list[Row]) -> str:
@@ -276,8 +315,10 @@ def latency_table(rows: list[Row]) -> str:
         reached = "" if most is None else "reached" if r["over_digital"] <= most else "**missed**"
         goal = "" if most is None else f"≤ {most:g}: {reached}"
         times = f"{r['ms']:.1f} ({r['p20']:.1f}–{r['p80']:.1f})"
-        lines.append([r["model"], r["arm"], times, f"{r['over_digital']:.2f}", goal])
-    return markdown(["model", "file", "ms", "over digital", "goal"], lines)
+        ratios = f"{r['over_digital']:.2f}", f"{r['least_over_digital']:.2f}"
+        lines.append([r["model"], r["arm"], times, f"{r['least']:.1f}", *ratios, goal])
+    header = ["model", "file", "ms, median", "least", "median over digital", "least over digital"]
+    return markdown([*header, "goal"], lines)
 
 
 def memory_table(rows: list[Row]) -> str:
@@ -288,26 +329,26 @@ def memory_table(rows: list[Row]) -> str:
         verdict = "reached" if r["extra_over_weights"] <= EXTRA else "**missed**"
         goal = f"≤ {EXTRA}: {verdict}" if r["parameters"] == largest else ""
         size = f"{r['parameters']:,}", f"{r['weight_bytes'] / 2**30:.2f} GiB"
+        file = f"{r['level']}, {r['states'] or 'no'} states"
         verify = "yes" if r["verify"] else "no"
         extra = f"{r['extra_over_weights']:.2f}"
-        lines.append([*size, verify, f"{r['seconds']:.1f}", extra, goal])
-    header = ["parameters", "weights", "verified", "seconds", "extra memory over weights", "goal"]
-    return markdown(header, lines)
+        lines.append([*size, file, verify, f"{r['seconds']:.1f}", extra, goal])
+    header = ["parameters", "weights", "file", "verified", "seconds", "extra memory over weights"]
+    return markdown([*header, "goal"], lines)
 
 
-TABLES = {"sizes": size_table, "latency": latency_table, "memory": memory_table}
+def tie_table(rows: list[Row]) -> str:
+    """Outputs of sites by level."""
+    lines = [[r["level"], f"{r['values']:,}", f"{r['at_ties']:,}", f"{r['apart']:,}"] for r in rows]
+    return markdown(["level", "outputs of sites", "at a tie", "of these a step apart"], lines)
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
-
-
-def with_tables(page: str, text: str) -> str:
-    """A page whose generated section is replaced by a text."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "sizes": size_table,
+    "latency": latency_table,
+    "memory": memory_table,
+    "ties": tie_table,
+}
 
 
 # --------------------------------------------------------------------------------------- main
@@ -315,32 +356,34 @@ def with_tables(page: str, text: str) -> str:
 
 def measure(name: str, path: Path) -> None:
     """Run a suite and append its rows, all of them or none."""
-    machine = {
+    environment = {
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
         "machine": platform.machine(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: installed(package) for package in PACKAGES},
     }
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for row in SUITES[name](Path(folder)):
             print(row, flush=True)
-            rows.append({**row, **machine})
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+            rows.append({**row, **environment})
+    append_rows(path, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the suites asked for, or write the recorded figures to their page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", default=list(SUITES), metavar="SUITE")
+    parser.add_argument("suites", nargs="*", default=list(BY_DEFAULT), metavar="SUITE")
     parser.add_argument("--table", action="store_true", help=f"write the last run to {PAGE.name}")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.suites) - set(SUITES):
         parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     if arguments.table:
-        recorded = [json.loads(line) for line in ROWS.read_text().splitlines()]
-        PAGE.write_text(with_tables(PAGE.read_text(), tables(recorded)))
+        lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+        text = tables([json.loads(line) for line in lines])
+        PAGE.write_text(with_section(PAGE.read_text(), COMMAND, text))
         return
     for name in arguments.suites:
         measure(name, ROWS)
