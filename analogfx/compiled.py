@@ -17,6 +17,10 @@ from torch.library import EffectType, Library  # type: ignore[attr-defined]
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
 
+KEPT: set[OpOverload] = set()
+"""Ops whose results a compiled checkpoint saves, see :func:`keep_result`."""
+
+
 def keep_in_order(op: OpOverload, library: Library) -> None:
     """Give an op an effect: like calls stay apart, and all calls in the program's order."""
     torch.library._register_effectful_op(op, EffectType.ORDERED, lib=library)
@@ -40,6 +44,7 @@ def keep_result(op: OpOverload, library: Library) -> None:
         return out
 
     torch.library.register_torch_dispatch(op, _CachingTorchDispatchMode, rule, lib=library)
+    KEPT.add(op)
 
 
 def order_in_inductor(op: OpOverload) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
@@ -40,6 +40,8 @@ class Report:
     """A model's products with parameters. Printing it gives the placement table."""
 
     sites: tuple[SiteReport, ...] = field(repr=False)
+    passes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """How much each whole-graph pass of the compiler changed, in all graphs compiled so far."""
 
     @property
     def coverage(self) -> float:
@@ -50,7 +52,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {"coverage": self.coverage, "sites": [asdict(s) for s in self.sites]}
+        sites = [asdict(s) for s in self.sites]
+        return {"coverage": self.coverage, "sites": sites, "passes": dict(self.passes)}
 
     def __repr__(self) -> str:
         return str(self)
@@ -77,6 +80,9 @@ class Report:
             f"{analog} of {len(self.sites)} products analog, "
             f"{self.coverage:.1%} of the weight elements"
         )
+        if self.passes:
+            counts = ", ".join(f"{name} {count}" for name, count in self.passes.items())
+            lines.append(f"changed by whole-graph passes: {counts}")
         return "\n".join(lines)
 
 
@@ -115,10 +121,12 @@ class _Compiled:
     sites: dict[tuple[str, ...], CompiledSite] = field(default_factory=dict)
     seen: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """The parameters that graphs contain."""
+    passes: Counter[str] = field(default_factory=Counter)
 
     def report(self, model: nn.Module) -> Report:
         """The products of all graphs so far, and those that none has contained."""
-        return Report((*_named(self.sites.values()), *_unseen(model, self.seen)))
+        sites = *_named(self.sites.values()), *_unseen(model, self.seen)
+        return Report(sites, dict(self.passes))
 
 
 _compiled: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
@@ -126,19 +134,34 @@ _compiled: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
 
 def note_compiled(
     model: nn.Module | None, sites: Iterable[CompiledSite], parameters: Iterable[Tensor]
-) -> Report:
-    """Add what was decided about one graph of a compiled digital model, and return all so far.
+) -> None:
+    """Add what was decided about one graph of a compiled digital model.
 
     Args:
         model: None for a bare function, of which nothing is kept.
         parameters: those that the graph contains.
     """
+    if model is not None:
+        known = _compiled.setdefault(model, _Compiled())
+        known.sites.update((s.key, s) for s in sites)
+        known.seen.update((p, True) for p in parameters)
+
+
+def note_passes(
+    model: nn.Module | None, sites: Collection[CompiledSite], counts: Mapping[str, int]
+) -> Report:
+    """Add what the whole-graph passes changed in one graph, and return the report so far.
+
+    Args:
+        model: None for a bare function, of which nothing is kept.
+        sites: the graph's own products.
+        counts: by the pass's name.
+    """
     if model is None:
-        return Report(_named([*sites]))
+        return Report(_named(sites), dict(counts))
     known = _compiled.setdefault(model, _Compiled())
-    known.sites.update((s.key, s) for s in sites)
-    known.seen.update((p, True) for p in parameters)
-    return known.report(model)
+    known.passes.update(counts)
+    return report(model)
 
 
 def _named(sites: Collection[CompiledSite]) -> tuple[SiteReport, ...]:
@@ -184,10 +207,11 @@ def report(analog: nn.Module) -> Report:
     """
     model = getattr(analog, "_orig_mod", analog)
     placed = getattr(model, "_analog_report", None)
+    compiled = _compiled.get(model) if isinstance(model, nn.Module) else None
     if isinstance(placed, Report):
-        return placed
-    if isinstance(model, nn.Module) and model in _compiled:
-        return _compiled[model].report(model)
+        return replace(placed, passes=dict(compiled.passes)) if compiled else placed
+    if compiled is not None:
+        return compiled.report(model)
     raise PlacementError(
         f"{type(model).__name__} carries no placement: pass what analogize() or load() returned, "
         'or a model of which torch.compile(backend="analogfx") has compiled something'

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch._guards import TracingContext, detect_fake_mode
@@ -12,20 +11,19 @@ from torch.fx import Graph, GraphModule
 
 from analogfx.backend import graph as dynamo
 from analogfx.backend.attention import expand_attention
-from analogfx.backend.context import DynamoContext, derivation
-from analogfx.backend.feed import Feed, Product
+from analogfx.backend.checkpoint import inline_checkpoints, keep_results
+from analogfx.backend.context import DynamoContext
+from analogfx.backend.feed import Feed
 from analogfx.backend.frozen import Folded
 from analogfx.backend.options import Options, parse
-from analogfx.backend.state import Place
+from analogfx.backend.placement import feed_of
 from analogfx.errors import ConfigError, Conflict
 from analogfx.module import AnalogModule
 from analogfx.passes import pipeline
-from analogfx.passes.contract import Context, Decision
-from analogfx.passes.normalize import normalize
-from analogfx.passes.select import select
-from analogfx.report import CompiledSite, SiteReport
+from analogfx.report import note_passes
 
 After = Callable[[str, Graph, int], None]
+Inner = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
 def backend(
@@ -57,57 +55,90 @@ def backend(
     chosen = parse(options)
     if chosen.rpu_config is not None:
         dynamo.warn_of_last_graph()
-    return compile_graph(module, inputs, chosen, _inner(chosen.compiler, mode))
+    return finish(rewrite(module, inputs, chosen), _inner(chosen, mode))
 
 
-def compile_graph(
-    module: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    inner: Callable[[GraphModule, list[Any]], Callable[..., Any]],
-    after: After | None = None,
-    context: list[Context] | None = None,
-) -> Callable[..., Any]:
-    """Rewrite one graph and hand it to a compiler.
+@dataclass
+class Rewritten:
+    """A graph of Dynamo's after the passes, and what it takes to run it."""
+
+    module: GraphModule
+    unfolded: GraphModule
+    """The graph before the whole-graph passes, for weights that those are not right for."""
+    inputs: list[Any]
+    """Stand-ins for the inputs that Dynamo passes."""
+    context: DynamoContext
+    feed: Feed
+
+
+def rewrite(
+    module: GraphModule, inputs: Sequence[Any], options: Options, after: After | None = None
+) -> Rewritten:
+    """Run the passes over a copy of a graph.
 
     Args:
-        inner: compiles the rewritten graph.
         after: called after each pass, see ``pipeline.run``.
-        context: where to put the context of the passes, for whoever reads its notes.
     """
     made = dynamo.editable(module)
+    inline_checkpoints(made)
     expand_attention(made.graph)
     fake_mode = detect_fake_mode(inputs) or TracingContext.get().fake_mode
-    found = DynamoContext.of(made, options, fake_mode)
-    if context is not None:
-        context.append(found)
-    _check(options, found)
+    context = DynamoContext.of(made, options, fake_mode)
+    _check(options, context)
+    counts: dict[str, int] = {}
+
+    def note(name: str, graph: Graph, count: int) -> None:
+        counts[name] = count
+        if after is not None:
+            after(name, graph, count)
+
     if options.rpu_config is not None:
-        pipeline.run(pipeline.EXPLICIT, made.graph, found, after)
-        pipeline.run(pipeline.FUSED, made.graph, found, after)
-    feed = _feed(made, found, options)
+        pipeline.run(pipeline.EXPLICIT + pipeline.FUSED, made.graph, context, after)
+    feed = feed_of(made, context, options)
     unfolded = _copy(made)
-    pipeline.run(options.pipeline(), made.graph, found, after)
+    pipeline.run(options.pipeline(), made.graph, context, note)
+    keep_results(made)
     made.recompile()
-    if not any(n.meta.get("frozen") for n in made.graph.nodes):
-        compiled = inner(made, [*inputs, *found.stand_ins()])
-        _forget(made)
+    placed = note_passes(context.root, feed.sites(), counts)
+    if options.report:
+        print(placed)
+    return Rewritten(made, unfolded, [*inputs], context, feed)
 
-        def run(*args: Any) -> Any:
-            feed.report(args)
-            return compiled(*args, *feed.state(args))
 
-        return run
+def finish(made: Rewritten, inner: Inner) -> Callable[..., Any]:
+    """Compile a rewritten graph.
 
-    anchor = found.anchor() if found.equal else None
-    folded = Folded(made, found.equal, anchor, found.real, fake_mode)
-    new = made.graph.find_nodes(op="placeholder")[len(inputs) :]
-    compiled = inner(made, [*inputs, *(n.meta["example_value"] for n in new)])
+    Args:
+        inner: what compiles a graph for stand-ins of its inputs.
+
+    Returns:
+        A function of the inputs that Dynamo passes.
+    """
+    if any(n.meta.get("frozen") for n in made.module.graph.nodes):
+        return _folded(made, inner)
+    compiled = inner(made.module, [*made.inputs, *made.context.stand_ins()])
+    feed = made.feed
+    _forget(made.module)
+
+    def run(*args: Any) -> Any:
+        feed.report(args)
+        return compiled(*args, *feed.state(args))
+
+    return run
+
+
+def _folded(made: Rewritten, inner: Inner) -> Callable[..., Any]:
+    """Compile a graph without its frozen part, whose values are passed to it."""
+    context, feed, unfolded = made.context, made.feed, made.unfolded
+    anchor = context.anchor() if context.equal else None
+    folded = Folded(made.module, context.equal, anchor, context.real, context.fake_mode)
+    new = made.module.graph.find_nodes(op="placeholder")[len(made.inputs) :]
+    compiled = inner(made.module, [*made.inputs, *(n.meta["example_value"] for n in new)])
     if anchor is not None:
         dynamo.guard(anchor, folded.fits, "ranges that were equal still are")
-    _forget(made)
+    _forget(made.module)
 
-    def run_folded(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         feed.report(args)
         given = (*args, *feed.state(args))
         values = folded.values(given)
@@ -115,7 +146,7 @@ def compile_graph(
             return unfolded(*given)
         return compiled(*given, *values)
 
-    return run_folded
+    return run
 
 
 def _copy(module: GraphModule) -> GraphModule:
@@ -132,18 +163,21 @@ def _forget(module: GraphModule) -> None:
         node.meta.clear()
 
 
-def _inner(compiler: str, mode: str | None) -> Callable[[GraphModule, list[Any]], Any]:
-    if compiler == "eager":
+def _inner(options: Options, mode: str | None) -> Inner:
+    """What compiles the rewritten graphs."""
+    if options.compiler == "eager":
         return lambda module, inputs: module.forward
-    if compiler == "aot_eager":
+    if options.compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(mode) if mode else None
-    return lambda module, inputs: compile_fx(module, inputs, config_patches=patches)
+    mode = mode or options.mode
+    settings = {**(list_mode_options(mode) if mode else {}), **(options.inductor or {})}
+    inductor: Callable[..., Any] = compile_fx
+    return lambda module, inputs: inductor(module, inputs, config_patches=settings or None)
 
 
 def _check(options: Options, context: DynamoContext) -> None:
@@ -160,55 +194,3 @@ def _check(options: Options, context: DynamoContext) -> None:
     if options.rpu_config is not None and analog:
         valid = "None: the model is analog already, with configs of its own"
         raise ConfigError([Conflict("options['rpu_config']", options.rpu_config, valid)])
-
-
-# --------------------------------------------------------------------------------- the report
-
-
-def _feed(module: GraphModule, context: DynamoContext, options: Options) -> Feed:
-    """What the graph's calls need; its products are added to the report of the model."""
-    if options.rpu_config is None:  # an analog model has its state and its report
-        return Feed((), (), ())
-    placeholders = module.graph.find_nodes(op="placeholder")
-    products = [*_products(module, context), *_hidden(module)]
-    weights = [placeholders.index(node) for node in context.weights.values()]
-    feed = Feed(context.slots, products, weights)
-    examples = [context.real(node) for node in placeholders]
-    placed = feed.note(context.root, examples)
-    if options.report and products:
-        print(placed)
-    return feed
-
-
-def _products(module: GraphModule, context: DynamoContext) -> Iterator[Product]:
-    placeholders = module.graph.find_nodes(op="placeholder")
-    analog = {id(s.decision): (s.product, derivation(s.weight)) for s in context.sites}
-    for node in module.graph.nodes:
-        decision: Decision | None = node.meta.get("decision")
-        if decision is None:
-            continue
-        weight = context.weights[decision.name]
-        site = SiteReport(**vars(decision))
-        if decision.status == "digital":
-            chosen = context.chosen(node, weight)
-            if chosen.config is None:
-                site = replace(site, reason=chosen.reason, asked=chosen.asked)
-        product, computed = analog.get(id(decision), (node, ""))
-        place = context.place(product, weight)
-        module, parameter = place.parts(decision.name)
-        named = CompiledSite(module, computed, replace(site, name=parameter))
-        yield Product(named, placeholders.index(weight), place)
-
-
-def _hidden(module: GraphModule) -> list[Product]:
-    """Products in graphs that an op of this graph runs, which stay digital."""
-    found = []
-    for name, graph in dynamo.inner_graphs(module):
-        pipeline.run((normalize, select), graph, Context(None, False))
-        for decision in pipeline.decisions(graph):
-            reason = f"inside {name}, whose graph the passes do not enter"
-            warnings.warn(f"{decision.name} stays digital: it is {reason}", stacklevel=2)
-            path, parameter = Place().parts(decision.name)
-            left = replace(decision, name=parameter, reason=reason, decided_by="capture")
-            found.append(Product(CompiledSite(path, name, SiteReport(**vars(left))), None, Place()))
-    return found

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from analogfx.backend.state import backend_state
 from analogfx.capture import source
+from analogfx.errors import AnalogfxError
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def explain(
         passes: as the backend's option of the same name.
 
     Raises:
-        ConfigError: as the backend.
+        ConfigError, CaptureError: as the backend.
     """
-    from analogfx.backend.compiler import compile_graph
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    from analogfx.backend.compiler import finish, rewrite
     from analogfx.backend.options import parse
-    from analogfx.passes.contract import Context
 
     options = parse({"rpu_config": rpu_config, "passes": passes})
     found: list[GraphExplanation] = []
@@ -90,21 +92,22 @@ def explain(
     def record(module: GraphModule, stand_ins: Any) -> Any:
         graph = GraphExplanation(source(module.graph))
         found.append(graph)
-        context: list[Context] = []
 
         def after(name: str, rewritten: Graph, count: int) -> None:
             graph.steps.append(Step(name, count, source(rewritten)))
 
-        def run_as_it_is(rewritten: GraphModule, _: Any) -> Any:
-            return rewritten.forward
-
-        run = compile_graph(module, stand_ins, options, run_as_it_is, after, context)
-        graph.notes = context[0].notes
-        return run
+        made = rewrite(module, stand_ins, options, after)
+        graph.notes = made.context.notes
+        return finish(made, lambda rewritten, _: rewritten.forward)
 
     model = getattr(model, "_orig_mod", model)
     twin = copy.deepcopy(model)
     backend_state(twin).load_state_dict(backend_state(model).state_dict())
-    with torch.random.fork_rng():
-        torch.compile(twin, backend=record)(*inputs, **keywords)
+    try:
+        with torch.random.fork_rng():
+            torch.compile(twin, backend=record)(*inputs, **keywords)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, AnalogfxError):
+            raise error.inner_exception from None
+        raise
     return Explanation(tuple(found))

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.backend import graph as dynamo
 from analogfx.backend.state import Names, Place, Slot, state_of
-from analogfx.report import CompiledSite, Report, note_compiled
+from analogfx.report import CompiledSite, note_compiled
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,14 @@ class Feed:
             return
         self.note(dynamo.compiled_root(), args)
 
-    def note(self, model: nn.Module | None, args: Sequence[Any]) -> Report:
+    def sites(self) -> list[CompiledSite]:
+        """The products, as they are in the model that the graph was traced in."""
+        return [product.site for product in self.products]
+
+    def note(self, model: nn.Module | None, args: Sequence[Any]) -> None:
         """Note the products of a graph, and the parameters that it contains."""
         weights = [args[i] for i in self.parameters]
         if weights:
             self._seen[weights[0]] = True
         names = Names(model)
-        return note_compiled(model, [p.of(names, args) for p in self.products], weights)
+        note_compiled(model, [p.of(names, args) for p in self.products], weights)

@@ -26,6 +26,7 @@ from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard, TracingContext
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import arg_tree_leaves
 
 from analogfx.errors import CaptureError
 from analogfx.passes.stationary import mark_stationary, propagate_stationary
@@ -270,8 +271,10 @@ def inner_graphs(module: GraphModule) -> Iterator[tuple[str, Graph]]:
         for user in node.users:
             graph = Graph()
             graph.output(graph.graph_copy(body.graph, {}))
-            outside = [n for n in user.all_input_nodes if n is not node]
-            for inner, outer in zip(graph.find_nodes(op="placeholder"), outside, strict=False):
-                if "stationary" in outer.meta:
+            inputs = graph.find_nodes(op="placeholder")
+            # What its inputs take comes last, behind graphs and conditions.
+            operands = arg_tree_leaves(*user.args)[-len(inputs) :] if inputs else []
+            for inner, outer in zip(inputs, operands, strict=True):
+                if isinstance(outer, Node) and "stationary" in outer.meta:
                     mark_stationary(inner, outer.meta["stationary"], outer.meta["parameter"])
             yield getattr(user.target, "__name__", str(user.target)), graph

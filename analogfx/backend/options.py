@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ from analogfx.errors import ConfigError, Conflict
 from analogfx.passes import pipeline
 
 COMPILERS = ("inductor", "aot_eager", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Options:
     """Whether to print the placement whenever a graph is compiled."""
     compiler: str = "inductor"
     """What compiles the rewritten graph: "inductor", "aot_eager" or "eager"."""
+    mode: str | None = None
+    """One of torch's, which takes none beside options: "reduce-overhead", "max-autotune", ..."""
+    inductor: Mapping[str, Any] | None = None
+    """Settings of ``torch._inductor.config`` by name, for this model alone."""
 
     def pipeline(self) -> tuple[pipeline.Pass, ...]:
         """The whole-graph passes to run."""
@@ -58,7 +63,9 @@ def parse(given: Any) -> Options:
     if options.compiler not in COMPILERS:
         valid = f"one of {', '.join(COMPILERS)}"
         conflicts.append(Conflict("options['compiler']", options.compiler, valid))
-    conflicts += _pass_conflicts(options.passes)
+    if options.mode not in (None, *MODES):
+        conflicts.append(Conflict("options['mode']", options.mode, f"one of {', '.join(MODES)}"))
+    conflicts += _pass_conflicts(options.passes) + _inductor_conflicts(options.inductor)
     if conflicts:
         raise ConfigError(conflicts)
     return options
@@ -73,3 +80,17 @@ def _pass_conflicts(passes: Any) -> list[Conflict]:
         return [Conflict("options['passes']", passes, valid)]
     wrong = [p for p in passes if not (callable(p) or p in names)]
     return [Conflict("options['passes']", p, valid) for p in wrong]
+
+
+def _inductor_conflicts(settings: Any) -> list[Conflict]:
+    if settings is None:
+        return []
+    if not isinstance(settings, Mapping):
+        valid = "a mapping of names in torch._inductor.config to values"
+        return [Conflict("options['inductor']", settings, valid)]
+    import torch._inductor.config
+
+    known = torch._inductor.config.get_config_copy()
+    unknown = [name for name in settings if name not in known]
+    valid = "a setting that torch._inductor.config has"
+    return [Conflict(f"options['inductor'][{n!r}]", settings[n], valid) for n in unknown]

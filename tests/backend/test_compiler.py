@@ -575,20 +575,21 @@ def test_a_model_that_has_not_run_has_no_report():
         analogfx.report(compiled(mlp(), QUIET))
 
 
-def test_a_checkpointed_block_stays_digital_with_a_warning():
-    class Checkpointed(nn.Module):
+def test_a_product_inside_an_op_stays_digital_with_a_warning():
+    class Branch(nn.Module):
         def __init__(self):
             super().__init__()
             self.inside, self.outside = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x):
-            block = torch.utils.checkpoint.checkpoint
-            return self.outside(block(self.inside, x, use_reentrant=False))
+            y = torch.cond(x.sum() > 0, lambda x: self.inside(x), lambda x: x.clone(), (x,))
+            return self.outside(y)
 
-    model = Checkpointed()
+    model = Branch().eval()
     twin = compiled(model, merged(QUIET, {"forward": {"inp_res": 2}}))
-    x = torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="inside.weight stays digital: it is inside .*checkpoint"):
+    x = torch.rand(3, 4)
+    message = r"inside.weight stays digital: .* inside cond.*\. analogize\(\) makes it analog"
+    with torch.no_grad(), pytest.warns(UserWarning, match=message):
         y = twin(x)
     assert report_of(twin)["inside"][0] == "digital"
     assert report_of(twin)["outside"] == ("analog", "")
@@ -622,6 +623,19 @@ def test_the_report_is_that_of_analogize():
         assert analogfx.report(twin) == analogfx.report(analog)
 
 
-def test_the_report_is_printed_on_demand(capsys):
-    compiled(mlp(), QUIET, report=True)(torch.randn(2, 8))
-    assert "2 of 2 products analog" in capsys.readouterr().out
+@pytest.mark.parametrize("how", ["digital", "analog", "function"])
+def test_the_report_with_the_counts_of_the_passes_is_printed_on_demand(capsys, how):
+    model = mlp().eval()
+    if how == "analog":
+        model = analogfx.analogize(model, QUIET)
+    function = (lambda x: model(x)) if how == "function" else model
+    run = compiled(function, None if how == "analog" else QUIET, report=True)
+    with torch.no_grad():
+        run(torch.randn(2, 8))
+    printed = capsys.readouterr().out
+    assert "2 of 2 products analog" in printed or how == "function"
+    counts = "skip_identity 0, freeze 2, share_input 0, epilogue 1, skip_conversion 1"
+    assert f"changed by whole-graph passes: {counts}" in printed
+    if how != "function":
+        assert analogfx.report(run).passes["freeze"] == 2
+        assert analogfx.report(run).to_dict()["passes"]["epilogue"] == 1

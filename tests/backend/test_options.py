@@ -29,6 +29,9 @@ def test_defaults():
         ({"compiler": "xla"}, r"options\['compiler'\] = 'xla': expected one of inductor"),
         ({"passes": "freeze"}, r"options\['passes'\] = 'freeze': expected a list"),
         ({"passes": ["freeze", "melt"]}, r"options\['passes'\] = 'melt': expected a list of"),
+        ({"mode": "fast"}, r"options\['mode'\] = 'fast': expected one of default, reduce-overhead"),
+        ({"inductor": 3}, r"options\['inductor'\] = 3: expected a mapping"),
+        ({"inductor": {"freez": 1}}, r"options\['inductor'\]\['freez'\] = 1: expected a setting"),
         ({"passes": [3]}, r"options\['passes'\] = 3: expected a list of functions and of names"),
     ],
 )
@@ -86,6 +89,23 @@ def test_a_function_takes_one_config(config):
     run = compiled(lambda x: model(x), config)
     with pytest.raises(Exception, match="a function has no module names to choose by"):
         run(torch.ones(2, 8))
+
+
+def test_mode_and_settings_reach_inductor_beside_a_config(monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    given = []
+
+    def compile_fx(module, inputs, config_patches=None):
+        given.append(config_patches)
+        return module.forward
+
+    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    settings = {"epilogue_fusion": False}
+    run = compiled(mlp(), QUIET, "inductor", mode="reduce-overhead", inductor=settings)
+    run(torch.ones(2, 8))
+    compiled(mlp(), QUIET, "inductor")(torch.ones(2, 8))
+    assert given == [{"triton.cudagraphs": True, **settings}, None]
 
 
 # -------------------------------------------------------------------------------- freeze, passes
