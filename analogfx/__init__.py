@@ -22,7 +22,7 @@ from analogfx.evaluation import programmed
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
 from analogfx.trace import trace
-from analogfx.training import clip_after_step, clip_weights, quantize_weights
+from analogfx.training import clip_after_step, clip_weights, quantize_weights, weights_written
 
 __version__ = "0.1.0"
 
@@ -54,4 +54,5 @@ __all__ = [
     "save",
     "to_digital",
     "trace",
+    "weights_written",
 ]

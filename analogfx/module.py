@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from analogfx.config import Resolved
 from analogfx.errors import CaptureError
+from analogfx.kernels import changes
 from analogfx.kernels import reference as ref
 from analogfx.program import AnalogSite, Placement
 
@@ -51,6 +52,12 @@ class AnalogModule(nn.Module):
                 else:
                     super().__setattr__(name, before)
                 raise
+
+    def train(self, mode: bool = True) -> AnalogModule:
+        """Set the mode; what is kept of the weights is computed anew in the next inference."""
+        changes.written(self.parameters())
+        super().train(mode)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogModule:
         # Ranges, their statistics and learned clips stay in single precision in a half model.

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from analogfx.config import Resolved, TorchInferenceRPUConfig, WeightQuantizationType
-from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import row_blocks
+from analogfx.config import TorchInferenceRPUConfig, WeightQuantizationType
+from analogfx.kernels import changes, dispatch
+from analogfx.kernels.clip import clip_matrix
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
 from analogfx.module import AnalogModule, analog_sites, is_view, sites, store_weight
@@ -56,20 +56,21 @@ def clip_weights(analog: nn.Module) -> None:
                 continue
             done.add(place)
             matrix = weight.flatten(1)
-            _clip(matrix, config)
+            clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
+            clip(matrix, config.clip_sigma)
             if not is_view(matrix, module, site):
                 store_weight(module, site, matrix)
 
 
-def _clip(matrix: Tensor, config: Resolved) -> None:
-    """Clamp a weight, (O, I), to its Gaussian bound in place."""
-    std = None if config.clip_per_channel else ref.wide(matrix).std()
-    for b in row_blocks(matrix):
-        rows = matrix[b]
-        spread = ref.row_std(ref.wide(rows)) if std is None else std
-        # A single weight has no spread (NaN): nothing says that it is too large.
-        bound = (config.clip_sigma * spread).nan_to_num(nan=float("inf"), posinf=float("inf"))
-        ref.clamp_to(rows, bound.to(rows.dtype), out=rows)
+def weights_written(model: nn.Module) -> None:
+    """Say that weights of a model were written through ``.data``.
+
+    What inference keeps of weights (8-bit codes, values that a compiled graph froze) is computed
+    anew when a weight changes. torch counts optimizers' steps, ``load_state_dict`` and writes in
+    place; it does not count ``weight.data.copy_(...)``. ``train()`` and ``eval()`` of an analog
+    model say it, too.
+    """
+    changes.written(model.parameters())
 
 
 @torch.no_grad()

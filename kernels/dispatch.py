@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from analogfx.errors import AnalogfxError
+from analogfx.kernels import clip, plan, statistics
 from analogfx.kernels import linear as plain
-from analogfx.kernels import plan, statistics
 from analogfx.kernels.linear import Gradients
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
@@ -66,10 +66,21 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, as decided when triton was imported."""
+    from analogfx.kernels.triton.launch import is_interpreted
+    from analogfx.kernels.triton.weights import row_max
+
+    return is_interpreted(row_max)
+
+
 def _refused_device(device: torch.device) -> str:
     if not _installed():
         return "triton is not installed"
     if device.type == "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1" and _interpreted():
+            return "TRITON_INTERPRET is set, and the interpreter is for the CPU"
         if torch.version.hip is not None:
             return "the kernels are for NVIDIA GPUs"
         if torch.cuda.is_available() and _capability(device.index) < CAPABILITY:
@@ -77,7 +88,8 @@ def _refused_device(device: torch.device) -> str:
         return ""
     # The interpreter is chosen before triton is imported; it changes where kernels run, not what
     # they compute, and only who asks for triton gets it.
-    if device.type == "cpu" and _chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    asked = _chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and asked and _interpreted():
         return ""
     return f"the tensors are on {device.type}, not on a CUDA device"
 
@@ -86,13 +98,19 @@ def refusal(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
     """Why the kernels cannot serve a linear product; empty where they can."""
     if reason := _refused_device(x.device):
         return reason
-    if x.dtype not in DTYPES:
-        return f"the kernels compute in float32, float16 and bfloat16, not {x.dtype}"
+    if reason := _refused_dtype(x.dtype):
+        return reason
     if weight.dtype != x.dtype:
         return f"the input is {x.dtype}, the weight {weight.dtype}"
     if spec.groups != 1:
         return f"the product has {spec.groups} groups: the kernels take one matrix"
     return _refused_tiles(spec)
+
+
+def _refused_dtype(dtype: torch.dtype) -> str:
+    if dtype in DTYPES:
+        return ""
+    return f"the kernels compute in float32, float16 and bfloat16, not {dtype}"
 
 
 def _refused_tiles(spec: MVMSpec) -> str:
@@ -127,6 +145,12 @@ def chosen(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
     return f"torch: {reason}" if reason else plan.described(x.dtype, spec)
 
 
+def clip_rows(matrix: Tensor, sigma: float) -> None:
+    """Clamp every row of a weight (O, I) in place; see ``clip.clip_rows``."""
+    reason = _refused_device(matrix.device) or _refused_dtype(matrix.dtype)
+    _module(reason, "clip", clip).clip_rows(matrix, sigma)
+
+
 def _module(reason: str, name: str, otherwise: ModuleType) -> ModuleType:
     if not serves(reason):
         return otherwise
@@ -134,10 +158,10 @@ def _module(reason: str, name: str, otherwise: ModuleType) -> ModuleType:
 
 
 def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
-    """Shape of the bits that mark clipped outputs; see the two implementations."""
+    """Shape of what marks clipped outputs; see ``linear.clipped_shape``, ``plan.marks_shape``."""
     if not serves(refusal(x, weight, spec)):
         return plain.clipped_shape(x, weight, spec)
-    return plain.packed_shape(x, weight, spec)
+    return plan.marks_shape(x, weight, spec)
 
 
 def keeps_weight(x: Tensor, weight: Tensor, spec: MVMSpec) -> bool:

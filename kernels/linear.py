@@ -56,13 +56,6 @@ def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
     return (planes, math.prod(x.shape[:-1]), weight.shape[0])
 
 
-def packed_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
-    """The same for the Triton kernels: a byte holds eight outputs of one tile."""
-    if not (spec.keep and spec.out_bound):
-        return (0,)
-    return len(spec.in_sizes), math.prod(x.shape[:-1]), (weight.shape[0] + _BITS - 1) // _BITS
-
-
 def is_kept(t: Tensor) -> bool:
     """Whether the forward kept a tensor for the backward; else it has the shape (0,)."""
     return t.dim() > 1

@@ -5,7 +5,10 @@ Known without data and without triton, so that a report can say it.
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 
 from analogfx.kernels.spec import MVMSpec
 
@@ -15,6 +18,9 @@ FEW = 64
 REUSED = 4
 """Blocks across from which a product's inputs are converted beforehand: each block across would
 convert them again in its prologue, and reading and writing them once costs no more than that."""
+
+PATCH = (16, 32)
+"""Rows and outputs that share a mark, in training, of whether a bound clipped one of them."""
 
 EXACT = {torch.int8: 127, torch.bfloat16: 256, torch.float16: 2048, torch.float32: 2048}
 """Integers up to which a dtype holds all of them; float32 may be multiplied as tf32."""
@@ -51,6 +57,19 @@ def eight_bit(spec: MVMSpec) -> bool:
 def prepares(rows: int, across: int) -> bool:
     """Whether inputs are converted before a product that has some blocks across."""
     return across >= REUSED and rows > FEW
+
+
+def marks_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
+    """Shape of the marks of patches of outputs that hold a clipped one; a byte for each.
+
+    The backward finds out which outputs of a marked patch were clipped: to keep a bit for every
+    output of every tile would take as much memory as x or W.
+    """
+    if not (spec.keep and spec.out_bound):
+        return (0,)
+    rows, outputs = PATCH
+    down = (math.prod(x.shape[:-1]) + rows - 1) // rows
+    return len(spec.in_sizes), down, (weight.shape[0] + outputs - 1) // outputs
 
 
 def described(dtype: torch.dtype, spec: MVMSpec) -> str:

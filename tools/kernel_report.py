@@ -86,8 +86,7 @@ def _key(kernel: "Shipped", arch: int) -> str:
         *sorted(kernel.signature.items()),
         *sorted((name, repr(value)) for name, value in kernel.constants.items()),
         *sorted(kernel.attrs.items()),
-        kernel.num_warps,
-        kernel.num_stages,
+        *sorted(kernel.options.items()),
         arch,
     )
     return hashlib.sha256(repr(identity).encode()).hexdigest()
@@ -101,8 +100,7 @@ def compiled(kernel: "Shipped", arch: int) -> Report:
     source = triton.compiler.ASTSource(
         kernel.kernel, kernel.signature, kernel.constants, kernel.attrs
     )
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
     text = disassembled(made.asm["cubin"])
     return Report(
         **resources(text),
@@ -170,7 +168,7 @@ def wanted_instructions(kernel: "Shipped", arch: int) -> tuple[str, ...]:
     if not kernel.matrix:
         return ()
     blocks = [value for name, value in kernel.constants.items() if name.startswith("BLOCK_")]
-    large = min(blocks, default=0) >= WARPGROUP_ROWS and kernel.num_warps >= 4
+    large = min(blocks, default=0) >= WARPGROUP_ROWS and kernel.options.get("num_warps", 4) >= 4
     if arch >= 90 and large and kernel.dtype in ("bf16", "fp16", "int8"):
         return WARPGROUP
     return TENSOR

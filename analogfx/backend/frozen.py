@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.backend.graph import add_input
+from analogfx.kernels import changes
+from analogfx.kernels.changes import Stamp
 
 
 @dataclass(frozen=True)
@@ -21,32 +22,14 @@ class _Kept:
     """Values, and the weights that they were computed from as those were then."""
 
     sources: tuple[weakref.ref[Tensor], ...]
-    stamps: tuple[tuple[int, int, int], ...]
+    stamps: tuple[Stamp, ...]
     values: tuple[Tensor, ...]
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         return all(
-            source() is weight and stamp == _stamp(weight)
+            source() is weight and stamp == changes.stamp(weight)
             for source, stamp, weight in zip(self.sources, self.stamps, weights, strict=True)
         )
-
-
-_steps = 0
-"""Steps of all optimizers: fused ones write weights without being counted as writing."""
-
-
-def _note_step(*_: Any) -> None:
-    global _steps
-    if not torch.compiler.is_compiling():
-        _steps += 1
-
-
-register_optimizer_step_post_hook(_note_step)
-
-
-def _stamp(weight: Tensor) -> tuple[int, int, int]:
-    """What changes when a weight does: writes are counted, a new storage has a new address."""
-    return -1 if weight.is_inference() else weight._version, weight.data_ptr(), _steps
 
 
 class Folded:
@@ -54,7 +37,7 @@ class Folded:
 
     The graph gets an input for every value that it uses of it. :meth:`values` computes them when
     weights are seen for the first time or have changed: by an optimizer, by ``load_state_dict``,
-    by any write that torch counts. Writes into ``.data`` of one's own are not counted.
+    by any write that torch counts or that ``analogfx.kernels.changes`` is told of.
     """
 
     def __init__(
@@ -124,7 +107,7 @@ class Folded:
         alive = [k for k in entries if all(s() is not None for s in k.sources)]
         same = tuple(weakref.ref(w) for w in weights)
         entries[:] = [k for k in alive if k.sources != same]
-        entries.append(_Kept(same, tuple(map(_stamp, weights)), values))
+        entries.append(_Kept(same, tuple(map(changes.stamp, weights)), values))
         return values
 
     def _computed(self, weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:

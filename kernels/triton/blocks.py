@@ -15,13 +15,24 @@ from analogfx.kernels import plan
 
 
 class Blocks(NamedTuple):
-    """What one program of a product computes, and with what."""
+    """What one program of a product computes, and with what.
+
+    Rows are whole patches of ``plan.PATCH``, and half of the forward's outputs are.
+    """
 
     rows: int
     outputs: int
     inputs: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread. Left alone, ptxas spills a register or two for one more program at a time."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return chosen if self.max_registers is None else {**chosen, "maxnreg": self.max_registers}
 
     @property
     def text(self) -> str:
@@ -29,59 +40,48 @@ class Blocks(NamedTuple):
         return f"{self.rows}x{self.outputs}x{self.inputs}"
 
 
+def _half_and_float(half: Blocks, single: Blocks) -> dict[torch.dtype, Blocks]:
+    return {torch.bfloat16: half, torch.float16: half, torch.float32: single}
+
+
 TABLE: dict[tuple[str, str], dict[torch.dtype, Blocks]] = {
     # Two accumulators live at once, this tile's and the sum of the tiles before it: 128 x 128
     # needs 8 warps for them to fit the registers.
     ("forward", "many"): {
-        torch.bfloat16: Blocks(128, 128, 64, 8, 3),
-        torch.float16: Blocks(128, 128, 64, 8, 3),
-        torch.float32: Blocks(64, 32, 32, 4, 3),
+        **_half_and_float(Blocks(128, 128, 64, 8, 3), Blocks(32, 64, 32, 8, 3, 255)),
         torch.int8: Blocks(128, 128, 128, 8, 3),
     },
     ("forward", "few"): {
-        torch.bfloat16: Blocks(16, 64, 128, 4, 3),
-        torch.float16: Blocks(16, 64, 128, 4, 3),
-        torch.float32: Blocks(16, 32, 64, 4, 3),
-        torch.int8: Blocks(16, 64, 128, 4, 3),
+        **_half_and_float(Blocks(16, 64, 64, 4, 4, 255), Blocks(16, 64, 32, 4, 3, 255)),
+        torch.int8: Blocks(16, 64, 128, 4, 3, 255),
     },
     # Output noise, or an ADC whose step is another for every row, takes registers of its own.
     ("heavy", "many"): {
-        torch.bfloat16: Blocks(128, 64, 64, 8, 4),
-        torch.float16: Blocks(128, 64, 64, 8, 4),
-        torch.float32: Blocks(64, 32, 32, 4, 3),
+        **_half_and_float(Blocks(128, 64, 64, 8, 4), Blocks(32, 64, 32, 8, 3, 255)),
         torch.int8: Blocks(128, 64, 128, 8, 3),
     },
-    # Tiles that begin anywhere: elements are loaded one by one, each with an address of its own.
+    # Tiles that begin anywhere, or rows of W that do: elements are loaded one by one, each with an
+    # address of its own.
     ("unaligned", "many"): {
-        torch.bfloat16: Blocks(128, 64, 64, 8, 3),
-        torch.float16: Blocks(128, 64, 64, 8, 3),
-        torch.float32: Blocks(64, 32, 32, 4, 3),
-        torch.int8: Blocks(64, 64, 64, 8, 2),
+        **_half_and_float(Blocks(64, 64, 64, 8, 3, 255), Blocks(32, 64, 32, 8, 3, 255)),
+        torch.int8: Blocks(64, 64, 64, 8, 2, 255),
     },
     ("unaligned", "few"): {
-        torch.bfloat16: Blocks(16, 64, 64, 4, 3),
-        torch.float16: Blocks(16, 64, 64, 4, 3),
-        torch.float32: Blocks(16, 32, 64, 4, 3),
-        torch.int8: Blocks(16, 32, 64, 4, 3),
+        **_half_and_float(Blocks(16, 64, 32, 4, 3, 255), Blocks(16, 64, 32, 4, 3, 255)),
+        torch.int8: Blocks(16, 64, 64, 4, 3, 255),
     },
     # One accumulator: g W, rows by inputs, summed over outputs.
-    ("input", "many"): {
-        torch.bfloat16: Blocks(128, 64, 128, 8, 3),
-        torch.float16: Blocks(128, 64, 128, 8, 3),
-        torch.float32: Blocks(64, 32, 64, 4, 3),
-    },
+    ("input", "many"): _half_and_float(Blocks(128, 64, 128, 8, 3), Blocks(64, 32, 64, 8, 3, 255)),
+    ("input, unaligned", "many"): _half_and_float(
+        Blocks(64, 64, 128, 8, 3), Blocks(64, 32, 64, 8, 3, 255)
+    ),
     # One accumulator: g^T x, outputs by inputs, summed over rows.
-    ("weight", "many"): {
-        torch.bfloat16: Blocks(64, 128, 128, 8, 3),
-        torch.float16: Blocks(64, 128, 128, 8, 3),
-        torch.float32: Blocks(32, 64, 64, 4, 3),
-    },
+    ("weight", "many"): _half_and_float(Blocks(64, 128, 128, 8, 3), Blocks(32, 64, 64, 8, 3, 255)),
+    ("weight, unaligned", "many"): _half_and_float(
+        Blocks(64, 64, 128, 8, 3), Blocks(32, 64, 64, 8, 3, 255)
+    ),
     # The same with a learned clip, whose gradient is taken from the block and the weights.
-    ("clip", "many"): {
-        torch.bfloat16: Blocks(64, 64, 128, 8, 3),
-        torch.float16: Blocks(64, 64, 128, 8, 3),
-        torch.float32: Blocks(32, 64, 64, 8, 3),
-    },
+    ("clip", "many"): _half_and_float(Blocks(64, 64, 64, 8, 3, 255), Blocks(32, 64, 32, 8, 3, 255)),
 }
 
 

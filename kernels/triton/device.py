@@ -10,8 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from analogfx.kernels import plan
+
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 """Whether a fused multiply-add rounds once: the interpreter's rounds twice."""
+
+PATCH_ROWS, PATCH_OUTPUTS = tl.constexpr(plan.PATCH[0]), tl.constexpr(plan.PATCH[1])
 
 
 @triton.jit
@@ -29,7 +33,8 @@ def rounded_to(v, DTYPE: tl.constexpr):
     """float32 ``v`` in another dtype, to nearest even: the interpreter cuts bits off bfloat16."""
     if not FUSED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = v.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        nearest = bits.to(tl.float32, bitcast=True)
         v = tl.where(v == v, nearest, v)
     return v.to(DTYPE)
 
@@ -102,6 +107,15 @@ def tile_span(tile, size, larger, EVEN: tl.constexpr):
         start += tl.minimum(tile, larger)
         length += (tile < larger).to(tl.int32)
     return start, length
+
+
+@triton.jit
+def merge(count, mean, m2, more, more_mean, more_m2):
+    """Moments of two samples taken together."""
+    both = count + more
+    share = tl.where(both > 0, more / tl.maximum(both, 1.0), 0.0)
+    delta = more_mean - mean
+    return both, mean + delta * share, m2 + more_m2 + delta * delta * count * share
 
 
 @triton.jit
@@ -186,12 +200,19 @@ def pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def masked(g, p_clipped, tile, o_row, o_out, m, n_rows, n_outputs):
+def masked(g, p_bits, tile, o_row, o_out, m, n_rows, n_outputs):
     """``g`` with 0 where the tile's ADC clipped; all (ROWS, COLUMNS)."""
     row = (tile.to(tl.int64) * n_rows + o_row) * ((n_outputs + 7) // 8)
-    byte = tl.load(p_clipped + row + (o_out >> 3), mask=m, other=0)
+    byte = tl.load(p_bits + row + (o_out >> 3), mask=m, other=0)
     clipped = (byte.to(tl.int32) >> (o_out & 7)) & 1
     return tl.where(clipped != 0, 0.0, g).to(g.dtype)
+
+
+@triton.jit
+def any_marked(p_marks, first, end, COUNT: tl.constexpr):
+    """Whether one of COUNT marks from ``first`` on, those before ``end``, is set."""
+    o = first + tl.arange(0, COUNT)
+    return tl.max(tl.load(p_marks + o, mask=o < end, other=0).to(tl.int32), axis=0) != 0
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from analogfx.kernels import changes
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton.weights import maxima, modify_launch, scaled_by
 
@@ -28,27 +29,20 @@ class Codes(NamedTuple):
     """float32 (k, O): what :func:`weights.maxima` gives."""
 
 
-_prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weight to (what it depends on, its codes). A write through ``.data`` goes unseen: torch does not
-count it; `forget` is for that."""
-
-
-def forget() -> None:
-    """Prepare all weights anew when they are next used."""
-    _prepared.clear()
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameter to what was prepared of it: by the part that is the weight, and the site's spec."""
 
 
 def prepare(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:
-    """The codes of a weight (O, I), from the cache if neither it nor its clip has changed."""
-    if weight.is_inference() or (clip is not None and clip.is_inference()):
-        return _quantised(weight, clip, spec)  # torch does not count their changes
-    clip_key = None if clip is None else (id(clip), clip._version, clip.data_ptr())
-    of_spec = (tuple(spec.in_sizes), tuple(spec.out_sizes), spec.weight_states)
-    key = (weight._version, weight.data_ptr(), clip_key, of_spec, spec.weight_per_channel)
-    found = _prepared.get(weight)
-    if found is None or found[0] != key:
-        found = (key, _quantised(weight, clip, spec))
-        _prepared[weight] = found
+    """The codes of a weight (O, I), kept until it or its clip changes; see ``kernels.changes``."""
+    kept = _prepared.setdefault(changes.owner(weight), {})
+    part = weight.shape, weight.stride(), weight.storage_offset(), weight.dtype
+    of_spec = tuple(spec.in_sizes), tuple(spec.out_sizes), spec.weight_states
+    key = part, of_spec, spec.weight_per_channel
+    state = changes.stamp(weight), None if clip is None else (id(clip), changes.stamp(clip))
+    found = kept.get(key)
+    if found is None or found[0] != state:
+        found = kept[key] = state, _quantised(weight, clip, spec)
     return found[1]
 
 

@@ -25,6 +25,7 @@ def convert_input(
     p_x,
     p_range,
     p_out,
+    p_row_nan,
     n_rows,
     n_inputs,
     size,
@@ -49,6 +50,9 @@ def convert_input(
     o_input = (start + o_column).to(tl.int64)
     at = o_row[:, None] * stride_xn + o_input[None, :] * stride_xi
     x = tl.load(p_x + at, mask=m, other=0.0).to(tl.float32)
+    if p_row_nan is not None:  # whoever finds a NaN writes the same
+        holds = tl.max((x != x).to(tl.int32), axis=1) != 0
+        tl.store(p_row_nan + o_row, tl.full((BLOCK_ROWS,), float("nan"), tl.float32), mask=holds)
     if RANGE == "dynamic":
         r = tl.load(p_range + o_row * TILES + tile, mask=m_row, other=0.0)[:, None]
     else:
@@ -58,11 +62,19 @@ def convert_input(
     tl.store(p_out + at, rounded_to(x, p_out.dtype.element_ty), mask=m)
 
 
-def convert_launch(x: Tensor, ranges: Tensor, out: Tensor, values: bool, spec: MVMSpec) -> Launch:
+def convert_launch(
+    x: Tensor,
+    ranges: Tensor,
+    out: Tensor,
+    row_nan: Tensor | None,
+    values: bool,
+    spec: MVMSpec,
+) -> Launch:
     """Convert x (N, I) into ``out``: contiguous, (N, I), of a dtype that holds the codes exactly.
 
     Args:
         ranges: (k,), or (N, k) where they are dynamic; float32.
+        row_nan: (N,) float32, set to NaN where a row holds one: for integers, which cannot.
         values: write what the codes stand for, not the codes.
     """
     rows, inputs = x.shape
@@ -78,6 +90,7 @@ def convert_launch(x: Tensor, ranges: Tensor, out: Tensor, values: bool, spec: M
             "p_x": x,
             "p_range": ranges,
             "p_out": out,
+            "p_row_nan": row_nan,
             "n_rows": rows,
             "n_inputs": inputs,
             **geometry(spec),
@@ -99,8 +112,16 @@ def convert_launch(x: Tensor, ranges: Tensor, out: Tensor, values: bool, spec: M
 def converted(x: Tensor, ranges: Tensor, dtype: torch.dtype, values: bool, spec: MVMSpec) -> Tensor:
     """All tiles' inputs (N, I) behind the DAC, contiguous; see :func:`convert_launch`."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    convert_launch(x, ranges, out, values, spec).run()
+    convert_launch(x, ranges, out, None, values, spec).run()
     return out
+
+
+def eight_bit(x: Tensor, ranges: Tensor, spec: MVMSpec) -> tuple[Tensor, Tensor]:
+    """All tiles' inputs (N, I) as int8 codes, and (N,) float32: NaN for a row that holds one."""
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    row_nan = torch.zeros(x.shape[0], device=x.device)
+    convert_launch(x, ranges, out, row_nan, False, spec).run()
+    return out, row_nan
 
 
 def tile_ranges(x: Tensor, input_range: Tensor | None, spec: MVMSpec) -> Tensor | None:

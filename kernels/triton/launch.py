@@ -16,20 +16,19 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     args: dict[str, Tensor | int | None]
     constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
+    options: dict[str, int] = {}  # noqa: RUF012, a NamedTuple's default
+    """Warps, stages and the like, as triton takes them; its defaults where there are none."""
 
     def run(self) -> None:
         """Queue the kernel on the current stream of its tensors' device; nothing for no program."""
         if 0 in self.grid:
             return
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         device = next(t.device for t in self.args.values() if isinstance(t, Tensor))
         if device.type == "cuda":
             with torch.cuda.device(device):  # triton launches on the current device, not its args'
-                self.kernel[self.grid](**self.args, **self.constants, **options)
+                self.kernel[self.grid](**self.args, **self.constants, **self.options)
         else:
-            self.kernel[self.grid](**self.args, **self.constants, **options)
+            self.kernel[self.grid](**self.args, **self.constants, **self.options)
 
 
 def is_interpreted(kernel: Callable[..., Any]) -> bool:

@@ -2,10 +2,10 @@
 
 The signatures, and but for rounding the numbers, of :mod:`analogfx.kernels.linear`. What differs:
 modified weights are kept in x's dtype, as a digital layer would have them; noise is Philox on
-every device; and clipped outputs are marked by packed bits.
+every device; and clipped outputs are marked by the patch.
 
-Nothing of the size of x or W is kept for the backward: the modified weights and the converted
-inputs are made again, from W, x and the seed.
+Nothing of the size of x or W is kept for the backward: the modified weights, the converted inputs
+and, where a patch is marked, the clipped outputs are found again, from W, x and the seed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from analogfx.kernels import plan
 from analogfx.kernels import reference as ref
-from analogfx.kernels.linear import Gradients, is_kept, packed_shape
+from analogfx.kernels.linear import Gradients, is_kept
 from analogfx.kernels.spec import MVMSpec
-from analogfx.kernels.triton import blocks, eight_bit
-from analogfx.kernels.triton.backward import input_launch, partial_shape, weight_launch
+from analogfx.kernels.triton import blocks, eight_bit, inputs
 from analogfx.kernels.triton.blocks import Blocks
+from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch
-from analogfx.kernels.triton.inputs import converted, tile_ranges
+from analogfx.kernels.triton.input_gradient import input_launch, partial_shape
 from analogfx.kernels.triton.launch import blocks_of
+from analogfx.kernels.triton.weight_gradient import weight_launch
 from analogfx.kernels.triton.weights import geometry, maxima, modified_weight, scaled_by
 
 
@@ -41,12 +41,7 @@ class Operand(NamedTuple):
 
 
 def operand(
-    x: Tensor,
-    ranges: Tensor | None,
-    dtype: torch.dtype,
-    across: int,
-    values: bool,
-    spec: MVMSpec,
+    x: Tensor, ranges: Tensor | None, dtype: torch.dtype, across: int, values: bool, spec: MVMSpec
 ) -> Operand:
     """Inputs (N, I) for a product whose operands are of a dtype.
 
@@ -57,9 +52,10 @@ def operand(
     if ranges is None:
         return Operand(x, False, spec)
     if not values and plan.largest_code(spec.inp_res) > plan.EXACT[dtype]:
-        return Operand(converted(x, ranges, dtype, True, spec), False, spec._replace(inp_res=0.0))
+        x = inputs.converted(x, ranges, dtype, True, spec)
+        return Operand(x, False, spec._replace(inp_res=0.0))
     if plan.prepares(x.shape[0], across):
-        return Operand(converted(x, ranges, dtype, values, spec), False, spec)
+        return Operand(inputs.converted(x, ranges, dtype, values, spec), False, spec)
     return Operand(x, True, spec)
 
 
@@ -72,7 +68,7 @@ def forward(
     seed: Tensor | None,
     spec: MVMSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The site's output, the bits of clipped outputs, and nothing.
+    """The site's output, the marks of clipped outputs, and nothing.
 
     Args:
         x: (..., I), any strides.
@@ -83,48 +79,50 @@ def forward(
         seed: int64 (), None unless something is noisy.
     """
     rows = _rows(x)
-    ranges = tile_ranges(rows, input_range, spec)
-    shape = (*x.shape[:-1], weight.shape[0])
-    clipped = x.new_empty(packed_shape(x, weight, spec), dtype=torch.uint8)
-    nothing = weight.new_empty(0)
+    ranges = inputs.tile_ranges(rows, input_range, spec)
+    # Made in its final shape: an output that is a view may not be written to by what follows.
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = _rows(out)
+    marks = x.new_empty(plan.marks_shape(x, weight, spec), dtype=torch.uint8)
     if plan.eight_bit(spec):
-        held = eight_bit.prepare(weight, clip, spec)
-        y = _product(rows, held.codes, bias, ranges, held.peaks, held.step, seed, None, spec)
-        return y.view(shape), clipped, nothing
+        _eight_bit_product(rows, weight, bias, ranges, clip, y, spec)
+        return out, marks, weight.new_empty(0)
     peaks = maxima(weight, clip, spec)
     w = modified_weight(weight, clip, seed, peaks, spec)
     if plan.by_vendor(x.dtype, spec):
         if ranges is not None:
-            rows = converted(rows, ranges, x.dtype, True, spec)
-        return F.linear(rows, w, bias).view(shape), clipped, nothing
-    y = _product(rows, w, bias, ranges, peaks, None, seed, _if_kept(clipped), spec)
-    return y.view(shape), clipped, nothing
+            rows = inputs.converted(rows, ranges, x.dtype, True, spec)
+        if bias is None:
+            torch.mm(rows, w.T, out=y)
+        else:
+            torch.addmm(bias, rows, w.T, out=y)
+        return out, marks, weight.new_empty(0)
+    tile = forward_blocks(rows, w, spec)
+    x_of = operand(rows, ranges, w.dtype, blocks_of(w.shape[0], tile.outputs), False, spec)
+    forward_launch(
+        x_of.x,
+        w,
+        bias,
+        ranges,
+        None,
+        None,
+        *_scales(peaks, spec),
+        seed,
+        y,
+        marks if is_kept(marks) else None,
+        x_of.convert,
+        x_of.spec,
+        tile,
+    ).run()
+    return out, marks, weight.new_empty(0)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _if_kept(clipped: Tensor) -> Tensor | None:
-    return clipped if is_kept(clipped) else None
-
-
-def _product(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    ranges: Tensor | None,
-    peaks: Tensor | None,
-    step: Tensor | None,
-    seed: Tensor | None,
-    clipped: Tensor | None,
-    spec: MVMSpec,
-    bits_only: bool = False,
-) -> Tensor:
-    """The fused kernel: y (N, O), or with ``bits_only`` only the bits into ``clipped``."""
-    tile = forward_blocks(w.dtype, x.shape[0], spec)
-    across = blocks_of(w.shape[0], tile.outputs)
-    inputs = operand(x, ranges, w.dtype, across, False, spec)
+def _scales(peaks: Tensor | None, spec: MVMSpec) -> tuple[Tensor | None, Tensor | None]:
+    """What output noise and bounds are relative to, (k, O); None without noise or bound."""
     noise_scale = bound_scale = None
     if spec.out_noise:
         assert peaks is not None
@@ -132,31 +130,55 @@ def _product(
     if spec.out_bound:
         assert peaks is not None
         bound_scale = scaled_by(peaks, spec.bound_per_channel, spec)
-    y = x.new_empty((0 if bits_only else x.shape[0], w.shape[0]))
-    forward_launch(
-        inputs.x,
-        w,
-        bias,
-        ranges,
-        step,
-        noise_scale,
-        bound_scale,
-        seed,
-        None if bits_only else y,
-        clipped,
-        inputs.convert,
-        inputs.spec,
+    return noise_scale, bound_scale
+
+
+def _eight_bit_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranges: Tensor | None,
+    clip: Tensor | None,
+    y: Tensor,
+    spec: MVMSpec,
+) -> None:
+    """Inference in integers, into y (N, O)."""
+    assert ranges is not None
+    held = eight_bit.prepare(weight, clip, spec)
+    codes, row_nan = inputs.eight_bit(x, ranges, spec)
+    scales = _scales(held.peaks, spec)
+    tile = forward_blocks(codes, held.codes, spec)
+    launch = forward_launch(
+        codes, held.codes, bias, ranges, held.step, row_nan, *scales, None, y, None, False, spec,
         tile,
-    ).run()
-    return y
+    )  # fmt: skip
+    launch.run()
 
 
-def forward_blocks(dtype: torch.dtype, rows: int, spec: MVMSpec) -> Blocks:
-    """Blocks of the forward product."""
-    if any(size % 16 for size in spec.in_sizes):
-        return blocks.choose("unaligned", dtype, rows)
+def forward_blocks(x: Tensor, w: Tensor, spec: MVMSpec) -> Blocks:
+    """Blocks of the forward product of x (N, I) and w (O, I)."""
+    rows = x.shape[0]
+    if not _aligned(w.shape[0], spec) or w.stride(1) != 1:
+        return blocks.choose("unaligned", w.dtype, rows)
     heavy = rows > plan.FEW and (spec.out_noise or spec.range_mode == "dynamic")
-    return blocks.choose("heavy" if heavy else "forward", dtype, rows)
+    return blocks.choose("heavy" if heavy else "forward", w.dtype, rows)
+
+
+def input_blocks(g: Tensor, spec: MVMSpec) -> Blocks:
+    """Blocks of the product g W~ that gives the gradient of x."""
+    product = "input" if _aligned(g.shape[1], spec) else "input, unaligned"
+    return blocks.choose(product, g.dtype, g.shape[0])
+
+
+def weight_blocks(g: Tensor, clipped: bool, spec: MVMSpec) -> Blocks:
+    """Blocks of the product g^T x that gives the gradient of W, and of a learned clip."""
+    product = "weight" if _aligned(g.shape[1], spec) else "weight, unaligned"
+    return blocks.choose("clip" if clipped else product, g.dtype, g.shape[0])
+
+
+def _aligned(outputs: int, spec: MVMSpec) -> bool:
+    """Whether every tile, and every row of an operand, begins at a multiple of 16 elements."""
+    return not any(size % 16 for size in (*spec.in_sizes, outputs))
 
 
 def backward(
@@ -166,34 +188,33 @@ def backward(
     input_range: Tensor | None,
     clip: Tensor | None,
     seed: Tensor | None,
-    clipped: Tensor,
+    marks: Tensor,
     modified: Tensor,
     needs: list[bool],
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; the arguments are those of ``linear.backward``."""
     need_x, need_w, need_bias, need_range, need_clip = needs
-    g, rows = grad.reshape(math.prod(x.shape[:-1]), weight.shape[0]), _rows(x)
-    ranges = tile_ranges(rows, input_range, spec)
-    bits = None
+    g, rows = _rows(grad), _rows(x)
+    ranges = inputs.tile_ranges(rows, input_range, spec)
+    clipped = None
     out = Gradients(*(x.new_empty(0) for _ in needs))
     if spec.out_bound or need_x or need_range:
         peaks = maxima(weight, clip, spec)
         w = modified_weight(weight, clip, seed, peaks, spec)
         if spec.out_bound:
-            bits = _if_kept(clipped)
-            if bits is None:
-                kept = packed_shape(x, weight, spec._replace(keep=True))
-                bits = x.new_empty(kept, dtype=torch.uint8)
-                _product(rows, w, None, ranges, peaks, None, seed, bits, spec, bits_only=True)
+            if not is_kept(marks):
+                shape = plan.marks_shape(x, weight, spec._replace(keep=True))
+                marks = torch.ones(shape, dtype=torch.uint8, device=x.device)
+            clipped = _clipped(rows, w, ranges, peaks, seed, marks, spec)
         if need_x or need_range:
-            dx, grad_range = _input_gradients(g, w, rows, ranges, bits, need_x, need_range, spec)
+            dx, grad_range = _input_gradients(g, w, x, ranges, clipped, need_x, need_range, spec)
             if dx is not None:
-                out = out._replace(x=dx.view(x.shape))
+                out = out._replace(x=dx)
             if grad_range is not None:
                 out = out._replace(input_range=grad_range)
     if need_w or need_clip:
-        dw, grad_clip = _weight_gradients(g, rows, ranges, bits, weight, clip, need_w, spec)
+        dw, grad_clip = _weight_gradients(g, rows, ranges, clipped, weight, clip, need_w, spec)
         if dw is not None:
             out = out._replace(weight=dw)
         if need_clip and grad_clip is not None:
@@ -203,33 +224,78 @@ def backward(
     return out
 
 
+class Clipped(NamedTuple):
+    """What the bounds clipped."""
+
+    bits: Tensor
+    """uint8 (k, N, ceil(O / 8))."""
+    rows: Tensor
+    """uint8 (k, patches): whether a patch of rows holds something clipped."""
+    outputs: Tensor
+    """The same for a patch of outputs."""
+
+
+def _clipped(
+    x: Tensor,
+    w: Tensor,
+    ranges: Tensor | None,
+    peaks: Tensor | None,
+    seed: Tensor | None,
+    marks: Tensor,
+    spec: MVMSpec,
+) -> Clipped:
+    """The outputs that were clipped, from the marks; computed where there is a mark alone."""
+    tile = forward_blocks(x, w, spec)
+    x_of = operand(x, ranges, w.dtype, blocks_of(w.shape[0], tile.outputs), False, spec)
+    shape = len(spec.in_sizes), x.shape[0], (w.shape[0] + 7) // 8
+    bits = torch.zeros(shape, dtype=torch.uint8, device=x.device)
+    clipped_launch(
+        x_of.x,
+        w,
+        ranges,
+        *_scales(peaks, spec),
+        seed,
+        marks,
+        bits,
+        x_of.convert,
+        x_of.spec,
+        tile,
+    ).run()
+    return Clipped(bits, marks.any(2), marks.any(1))  # of uint8, as any() leaves it
+
+
 def _input_gradients(
     g: Tensor,
     w: Tensor,
     x: Tensor,
     ranges: Tensor | None,
-    bits: Tensor | None,
+    clipped: Clipped | None,
     need_x: bool,
     need_range: bool,
     spec: MVMSpec,
 ) -> tuple[Tensor | None, Tensor | None]:
-    clamped = ranges is not None and spec.range_mode != "dynamic"
-    if bits is None and not clamped:  # a plain product, which the vendor's is the best for
-        return g @ w, None
-    tile = blocks.choose("input", w.dtype, x.shape[0])
+    """Gradients of x (..., I) and of the ranges (k,)."""
+    rows = _rows(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    into = None if dx is None else _rows(dx)
+    clamped = ranges is not None and spec.range_mode != "dynamic"
+    if clipped is None and not clamped:  # a plain product, which the vendor's is the best for
+        assert into is not None
+        torch.mm(g, w, out=into)
+        return dx, None
+    tile = input_blocks(g, spec)
     partial = None
     if need_range:
-        shape = partial_shape(x.shape[0], spec, tile)
-        partial = x.new_empty(shape, dtype=torch.float32)
-    input_launch(g, w, x, ranges, bits, dx, partial, spec, tile).run()
+        partial = x.new_empty(partial_shape(rows.shape[0], spec, tile), dtype=torch.float32)
+    bits, marked = (None, None) if clipped is None else (clipped.bits, clipped.rows)
+    input_launch(g, w, rows, ranges, bits, marked, into, partial, spec, tile).run()
     if partial is None:
         return dx, None
     assert ranges is not None
     data, count = partial.sum(-1)
     if spec.range_mode == "fast":
         return dx, data
-    share = count / _by_tile(spec, float(x.shape[0]), ranges)
+    share = count / _by_tile(spec, float(rows.shape[0]), ranges)
     return dx, ref.range_grad(data, share, ranges, spec.decay, spec.input_min_percentage)
 
 
@@ -245,27 +311,39 @@ def _weight_gradients(
     g: Tensor,
     x: Tensor,
     ranges: Tensor | None,
-    bits: Tensor | None,
+    clipped: Clipped | None,
     weight: Tensor,
     clip: Tensor | None,
     need_w: bool,
     spec: MVMSpec,
 ) -> tuple[Tensor | None, Tensor | None]:
     dynamic = spec.range_mode == "dynamic"
-    if bits is None and clip is None and (plan.by_vendor(x.dtype, spec) or dynamic):
+    if clipped is None and clip is None and (plan.by_vendor(x.dtype, spec) or dynamic):
         if ranges is not None:
-            x = converted(x, ranges, x.dtype, True, spec)
+            x = inputs.converted(x, ranges, x.dtype, True, spec)
         return g.T @ x, None
-    tile = blocks.choose("weight" if clip is None else "clip", g.dtype, x.shape[0])
+    tile = weight_blocks(g, clip is not None, spec)
     across = blocks_of(weight.shape[0], tile.outputs)
-    inputs = operand(x, ranges, g.dtype, across, dynamic, spec)
+    x_of = operand(x, ranges, g.dtype, across, dynamic, spec)
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if need_w else None
     partial = None
     if clip is not None:
         shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), tile.inputs), weight.shape[0]
         partial = x.new_empty(shape, dtype=torch.float32)
+    bits, marked = (None, None) if clipped is None else (clipped.bits, clipped.outputs)
     weight_launch(
-        g, inputs.x, ranges, bits, weight, clip, dw, partial, inputs.convert, inputs.spec, tile
+        g,
+        x_of.x,
+        ranges,
+        bits,
+        marked,
+        weight,
+        clip,
+        dw,
+        partial,
+        x_of.convert,
+        x_of.spec,
+        tile,
     ).run()
     if clip is None or partial is None:
         return dw, None

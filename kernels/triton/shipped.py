@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from analogfx.kernels import plan
 from analogfx.kernels.spec import MVMSpec
-from analogfx.kernels.triton import blocks
-from analogfx.kernels.triton.backward import input_launch, partial_shape, weight_launch
+from analogfx.kernels.triton.clip import clip_launch
+from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch, linear_forward
+from analogfx.kernels.triton.input_gradient import input_launch, partial_shape
 from analogfx.kernels.triton.inputs import convert_launch
-from analogfx.kernels.triton.launch import Launch, is_interpreted
-from analogfx.kernels.triton.linear import forward_blocks
+from analogfx.kernels.triton.launch import Launch, blocks_of, is_interpreted
+from analogfx.kernels.triton.linear import forward_blocks, input_blocks, weight_blocks
 from analogfx.kernels.triton.statistics import moments_launch, range_launch
+from analogfx.kernels.triton.weight_gradient import weight_launch
 from analogfx.kernels.triton.weights import modify_launch, row_max_launch
 
 _TYPES = {
@@ -39,8 +42,7 @@ class Shipped(NamedTuple):
     constants: dict[str, Any]
     attrs: dict[tuple[int, ...], list[list[Any]]]
     """Which arguments are multiples of 16, as ``triton.compiler.ASTSource`` takes it."""
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     dtype: str
     matrix: bool
     """Whether its products must run on tensor cores."""
@@ -69,8 +71,7 @@ def compiled_as(name: str, launch: Launch, dtype: str, matrix: bool) -> Shipped:
         signature,
         constants,
         attrs,
-        launch.num_warps,
-        launch.num_stages,
+        launch.options,
         dtype,
         matrix,
     )
@@ -96,9 +97,17 @@ SITES = {
     "8 tiles, ADC": _spec(8, **ADC),
     "8 tiles, ADC, output noise": _spec(8, **ADC, out_noise=0.05),
     "8 tiles, dynamic": _spec(8, **{**ADC, "range_mode": "dynamic"}),
-    "7 tiles, uneven": MVMSpec([586] + [585] * 6, [OUTPUTS], range_mode="static", inp_res=254.0),
+    "7 tiles, uneven": MVMSpec(
+        [586] + [585] * 6, [OUTPUTS], range_mode="static", inp_res=254.0, **ADC
+    ),
 }
 """What the products are compiled for."""
+
+HEAVY = ("8 tiles, ADC, output noise", "7 tiles, uneven")
+"""Those of them that need the most registers."""
+
+ODD = 50257
+"""Outputs that are no multiple of anything: a vocabulary."""
 
 PRODUCTS = {
     "bf16": torch.bfloat16,
@@ -133,6 +142,7 @@ def _weights() -> Iterator[Shipped]:
     for text in ("bf16", "fp16", "fp32"):
         w = _empty(OUTPUTS, INPUTS, dtype=PRODUCTS[text])
         yield compiled_as(f"row_max[{text}]", row_max_launch(w, scales, _spec(8)), text, False)
+        yield compiled_as(f"clip_row[{text}]", clip_launch(w, 2.5), text, False)
         kinds = {
             "noise": (None, scales, w, _spec(8, noise_std=0.03)),
             "clip": (scales, None, w, _spec(8)),
@@ -151,8 +161,8 @@ def _inputs() -> Iterator[Shipped]:
             ("static", _empty(8), _spec(8)),
             ("dynamic", _empty(N, 8), _spec(8, range_mode="dynamic")),
         ):
-            for out in (x, x.to(torch.int8)):
-                launch = convert_launch(x, ranges, out, False, spec)
+            for out, row_nan in ((x, None), (x.to(torch.int8), _empty(N))):
+                launch = convert_launch(x, ranges, out, row_nan, False, spec)
                 name = f"convert_input[{text} to {_TYPES[out.dtype]},{kind}]"
                 yield compiled_as(name, launch, text, False)
 
@@ -175,62 +185,106 @@ def _product(name: str, launch: Launch, text: str) -> Shipped:
     return compiled_as(name, launch, text, matrix=text != "fp32")
 
 
+class _Variant(NamedTuple):
+    """A forward product as it is called."""
+
+    text: str
+    rows: int
+    outputs: int = OUTPUTS
+    transposed: bool = False
+    """Whether W is the transpose of a contiguous matrix, as GPT-2's Conv1D holds it."""
+
+
+def _variants(text: str, size: str, site: str) -> Iterator[_Variant]:
+    """The layouts that a site is compiled in: all of them where most is to be held in registers."""
+    rows = 1 if size == "few" else N
+    yield _Variant("", rows)
+    if text == "fp16" or site not in HEAVY:
+        return  # a float16 program is a bfloat16 one with another matrix instruction
+    yield _Variant("odd outputs", rows, outputs=ODD)
+    if text != "int8":  # codes are contiguous, and converted beforehand
+        yield _Variant("transposed W", rows, transposed=True)
+        if size == "many":
+            yield _Variant("few outputs", rows, outputs=64)
+
+
 def _forward(text: str, operand: torch.dtype, size: str) -> Iterator[Shipped]:
-    data = torch.bfloat16 if operand == torch.int8 else operand
-    convert = size == "few"
-    x = _empty(N, INPUTS, dtype=data if convert else operand)
-    w = _empty(OUTPUTS, INPUTS, dtype=operand)
-    bias, y = _empty(OUTPUTS, dtype=data), _empty(N, OUTPUTS, dtype=data)
-    seed = _empty(dtype=torch.int64)
     for site, spec in SITES.items():
         if operand == torch.int8 and spec.out_noise:
             continue  # 8-bit inference draws no noise
-        k = len(spec.in_sizes)
-        ranges = _empty(N, k) if spec.range_mode == "dynamic" else _empty(k)
-        scales = _empty(k, OUTPUTS)
-        clipped = _empty(k, N, OUTPUTS // 8, dtype=torch.uint8)
-        tile = forward_blocks(operand, 1 if size == "few" else N, spec)
-        for kept in (True, False) if spec.out_bound and operand != torch.int8 else (False,):
-            launch = forward_launch(
-                x,
-                w,
-                bias,
-                ranges,
-                scales if operand == torch.int8 else None,
-                scales if spec.out_noise else None,
-                scales if spec.out_bound else None,
-                seed,
-                y,
-                clipped if kept else None,
-                convert,
-                spec,
-                tile,
+        for variant in _variants(text, size, site):
+            yield from _products(text, operand, site, spec, variant)
+
+
+def _products(
+    text: str, operand: torch.dtype, site: str, spec: MVMSpec, variant: _Variant
+) -> Iterator[Shipped]:
+    """The forward product of one site, and in training what finds its clipped outputs."""
+    data = torch.bfloat16 if operand == torch.int8 else operand
+    n, k, outputs = variant.rows, len(spec.in_sizes), variant.outputs
+    w = _empty(outputs, INPUTS, dtype=operand)
+    if variant.transposed:
+        w = _empty(INPUTS, outputs, dtype=operand).T
+    tile = forward_blocks(_empty(n, INPUTS), w, spec)
+    convert = operand != torch.int8 and not plan.prepares(n, blocks_of(outputs, tile.outputs))
+    x = _empty(n, INPUTS, dtype=data if convert else operand)
+    bias, y = _empty(outputs, dtype=data), _empty(n, outputs, dtype=data)
+    seed = _empty(dtype=torch.int64)
+    ranges = _empty(n, k) if spec.range_mode == "dynamic" else _empty(k)
+    scales = _empty(k, outputs)
+    step, row_nan = (scales, _empty(n)) if operand == torch.int8 else (None, None)
+    noise_scale, bound_scale = (scales if on else None for on in (spec.out_noise, spec.out_bound))
+    rows, columns = plan.PATCH
+    marks = _empty(k, -(-n // rows), -(-outputs // columns), dtype=torch.uint8)
+    kinds = [site, variant.text, "DAC inside" if convert else ""]
+    training = spec.out_bound and operand != torch.int8
+    plain = not (variant.text or text == "fp16")
+    for kept in (True, False) if training and plain else (training,):
+        launch = forward_launch(
+            x, w, bias, ranges, step, row_nan, noise_scale, bound_scale, seed, y,
+            marks if kept else None, convert, spec, tile,
+        )  # fmt: skip
+        kind = ", ".join(filter(None, [*kinds, "training" if kept else ""]))
+        yield _product(f"linear_forward[{text},{tile.text},{kind}]", launch, text)
+        if kept and plain:
+            bits = _empty(k, n, -(-outputs // 8), dtype=torch.uint8)
+            launch = clipped_launch(
+                x, w, ranges, noise_scale, bound_scale, seed, marks, bits, convert, spec, tile
             )
-            kind = site + (", training" if kept else "") + (", DAC inside" if convert else "")
-            yield _product(f"linear_forward[{text},{tile.text},{kind}]", launch, text)
+            kind = ", ".join(filter(None, kinds))
+            yield _product(f"linear_clipped[{text},{tile.text},{kind}]", launch, text)
 
 
 def _backward(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
-    x, g = _empty(N, INPUTS, dtype=dtype), _empty(N, OUTPUTS, dtype=dtype)
-    w = _empty(OUTPUTS, INPUTS, dtype=dtype)
+    x = _empty(N, INPUTS, dtype=dtype)
     for site, spec in SITES.items():
         if spec.out_noise:
             continue  # the backward does not know of it
-        k = len(spec.in_sizes)
-        ranges = _empty(N, k) if spec.range_mode == "dynamic" else _empty(k)
-        clipped = _empty(k, N, OUTPUTS // 8, dtype=torch.uint8) if spec.out_bound else None
-        tile = blocks.choose("input", dtype, N)
-        partial = _empty(*partial_shape(N, spec, tile))
-        launch = input_launch(g, w, x, ranges, clipped, x, partial, spec, tile)
-        yield _product(f"linear_backward_input[{text},{tile.text},{site}]", launch, text)
+        for outputs in (OUTPUTS, ODD) if spec.out_bound and text != "fp16" else (OUTPUTS,):
+            yield from _gradients(text, x, outputs, site, spec)
 
-        for kind, clip, convert in (
-            ("", None, False),
-            (", learned clip", _empty(k, OUTPUTS), True),
-        ):
-            tile = blocks.choose("weight" if clip is None else "clip", dtype, N)
-            launch = weight_launch(
-                g, x, ranges, clipped, w, clip, w, _empty(1), convert, spec, tile
-            )
-            name = f"linear_backward_weight[{text},{tile.text},{site}{kind}]"
-            yield _product(name, launch, text)
+
+def _gradients(text: str, x: Tensor, outputs: int, site: str, spec: MVMSpec) -> Iterator[Shipped]:
+    """The backward products of one site."""
+    k, dtype = len(spec.in_sizes), x.dtype
+    g, w = _empty(N, outputs, dtype=dtype), _empty(outputs, INPUTS, dtype=dtype)
+    ranges = _empty(N, k) if spec.range_mode == "dynamic" else _empty(k)
+    bits = marked = None
+    if spec.out_bound:
+        bits = _empty(k, N, -(-outputs // 8), dtype=torch.uint8)
+        marked = _empty(k, N, dtype=torch.uint8)
+    site += ", odd outputs" if outputs % 16 else ""
+    tile = input_blocks(g, spec)
+    partial = _empty(*partial_shape(N, spec, tile))
+    launch = input_launch(g, w, x, ranges, bits, marked, x, partial, spec, tile)
+    yield _product(f"linear_backward_input[{text},{tile.text},{site}]", launch, text)
+    for kind, clip, convert in (
+        ("", None, False),
+        (", learned clip", _empty(k, outputs), True),
+    ):
+        tile = weight_blocks(g, clip is not None, spec)
+        launch = weight_launch(
+            g, x, ranges, bits, marked, w, clip, w, _empty(1), convert, spec, tile
+        )
+        name = f"linear_backward_weight[{text},{tile.text},{site}{kind}]"
+        yield _product(name, launch, text)

@@ -19,7 +19,7 @@ from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.statistics import in_backward
 from analogfx.kernels.triton import blocks
-from analogfx.kernels.triton.device import tile_span
+from analogfx.kernels.triton.device import merge, tile_span
 from analogfx.kernels.triton.launch import Launch, blocks_of
 from analogfx.kernels.triton.weights import geometry, is_even
 
@@ -28,15 +28,6 @@ STRIPS = 256
 
 UNTOUCHED = tl.constexpr(1.1e-5)
 """Bound below which running extremes have not been fed yet, as in the reference."""
-
-
-@triton.jit
-def merge(count, mean, m2, more, more_mean, more_m2):
-    """Moments of two samples taken together."""
-    both = count + more
-    share = tl.where(both > 0, more / tl.maximum(both, 1.0), 0.0)
-    delta = more_mean - mean
-    return both, mean + delta * share, m2 + more_m2 + delta * delta * count * share
 
 
 @triton.jit
@@ -202,7 +193,7 @@ def range_launch(
             "limit": limit,
         },
         {"FAST": fast, "ALPHA": float(alpha), "MOMENTUM": float(momentum)},
-        num_warps=1,
+        {"num_warps": 1},
     )
 
 

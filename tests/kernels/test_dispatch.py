@@ -14,16 +14,9 @@ from analogfx.kernels.dispatch import KernelError
 from analogfx.kernels.spec import MVMSpec, encode
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "triton"),
+    pytest.mark.usefixtures("one_thread", "triton", "poisoned"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
 ]
-
-
-@pytest.fixture
-def triton():
-    before = kernels.use("triton")
-    yield
-    kernels.use(before)
 
 
 def steps(layer, x, config):
@@ -160,14 +153,24 @@ def test_fakes_are_as_what_they_stand_for(monkeypatch, name):
     monkeypatch.setattr(dispatch, "forward", lambda *args: calls.append(args) or of_op(*args))
     analog(x.to(DEVICE))
     ((*tensors, site),) = calls
-    assert linear_bits(*tensors[:2], site) == dispatch.clipped_shape(*tensors[:2], site)
+    assert dispatch.clipped_shape(*tensors[:2], site) == (len(site.in_sizes), 1, 1)
     op = torch.ops.analogfx.analog_linear.default
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (*tensors, encode(site)), test_utils=checks)
 
 
-def linear_bits(x, w, site):
-    return len(site.in_sizes), x.shape[0], -(-w.shape[0] // 8)
+@pytest.mark.parametrize("config", ["identity", "weight noise", "DAC and ADC", "dynamic"])
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (0, 8)])
+def test_what_follows_may_write_to_the_output(config, shape):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    analog = analogfx.analogize(model, CONFIGS[config]).to(DEVICE)
+    for training in (True, False):
+        x = torch.randn(shape, device=DEVICE, requires_grad=True)
+        analog.train(training)(x).sum().backward()
+        y = analog[0](x)
+        y += x
+        y.sum().backward()
+        assert x.grad.shape == x.shape
 
 
 def test_a_compiled_site_is_the_eager_one():

@@ -3,6 +3,7 @@ import torch
 from triton_cases import (
     ADC,
     CASES,
+    DEVICE,
     NOISY,
     SEED,
     TILES,
@@ -13,32 +14,15 @@ from triton_cases import (
     run,
 )
 
+from analogfx.kernels import changes, philox, plan
 from analogfx.kernels import linear as plain
-from analogfx.kernels import philox, plan
-from analogfx.kernels.triton import blocks, eight_bit, linear
+from analogfx.kernels.triton import blocks, eight_bit, linear, tile
 from analogfx.kernels.triton.blocks import Blocks
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "poisoned"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
 ]
-
-POISON = {torch.uint8: 255, torch.int8: 77, torch.int64: -(1 << 60)}
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that was not written is not 0."""
-
-    def poisoning(make):
-        def made(*args, **kwargs):
-            t = make(*args, **kwargs)
-            return t.fill_(float("nan") if t.is_floating_point() else POISON.get(t.dtype, 77))
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
 
 
 @pytest.mark.parametrize(
@@ -50,25 +34,37 @@ def test_it_is_as_exact_as_torch(name, dtype):
     assert_as_good(run(linear, case, d), *oracle(case, d, dtype), dtype)
 
 
-OTHER_BLOCKS = [Blocks(16, 16, 16, 4, 1), Blocks(32, 16, 32, 4, 2)]
+UNLIKE = {
+    "static, clip": Case({**ADC, **NOISY}, (18, 17), out_sizes=(7, 60), clip=True, lead=(17,)),
+    "dynamic": Case(
+        {**ADC, **NOISY, "range_mode": "dynamic", "weight_states": 14.0}, (35,), 67, lead=(17,),
+        dtypes=(torch.bfloat16,),
+    ),
+    "fast": Case({**ADC, "range_mode": "fast"}, (18, 17), 67, lead=(17,), dtypes=(torch.float16,)),
+    "int8": Case(
+        {**ADC, "inp_res": 254.0, "weight_states": 254.0, "keep": False}, (18, 17), 67, lead=(17,),
+        dtypes=(torch.bfloat16,),
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("tile", OTHER_BLOCKS, ids=lambda tile: tile.text)
-@pytest.mark.parametrize("prepared", [False, True])
-def test_results_do_not_depend_on_blocks(monkeypatch, tile, prepared):
-    case = Case({**ADC, **NOISY}, (9, 8), out_sizes=(9, 8), clip=True, lead=(17,))
-    d = data(case, torch.float32)
-    expected, bits = run(linear, case, d), linear.forward(*d.inputs(), case.spec)[1]
-    monkeypatch.setattr(blocks, "choose", lambda *_: tile)
-    monkeypatch.setattr(blocks, "ELEMENTS", 64)
+@pytest.mark.parametrize(("name", "prepared"), [*((n, False) for n in UNLIKE), ("dynamic", True)])
+def test_results_do_not_depend_on_blocks(monkeypatch, name, prepared):
+    case = UNLIKE[name]
+    (dtype,) = case.dtypes
+    d = data(case, dtype)
+    expected, marks = run(linear, case, d), linear.forward(*d.inputs(), case.spec)[1]
+    monkeypatch.setattr(blocks, "choose", lambda *_: Blocks(16, 64, 16, 4, 1))
+    monkeypatch.setattr(blocks, "ELEMENTS", 128)
+    monkeypatch.setattr(blocks, "ROWS", 8)
+    monkeypatch.setattr(blocks, "COLUMNS", 8)
     monkeypatch.setattr(plan, "REUSED", 0 if prepared else 99)
     monkeypatch.setattr(plan, "FEW", 0)
     found = run(linear, case, d)
-    assert torch.equal(linear.forward(*d.inputs(), case.spec)[1], bits)
-    assert bits.any()
-    assert_as_good(
-        found, {n: t.cpu().double() for n, t in expected.items()}, expected, torch.float32
-    )
+    assert torch.equal(linear.forward(*d.inputs(), case.spec)[1], marks)
+    assert marks.any() == case.spec.keep
+    exact = {n: t.cpu().double() for n, t in expected.items()}
+    assert_as_good(found, exact, {n: t.cpu() for n, t in expected.items()}, dtype)
 
 
 def test_output_noise_is_philox_by_element_and_tile():
@@ -113,12 +109,33 @@ def test_no_input_is_written():
     assert all(torch.equal(a, b) for a, b in zip((*d.inputs(), d.grad), before, strict=True))
 
 
-def test_what_is_kept_is_a_bit_for_an_output_and_tile():
-    case = Case(ADC, TILES, 16)
+def test_what_is_kept_is_a_mark_for_a_patch_of_outputs_and_tile():
+    case = Case(ADC, TILES, 70, lead=(35,))
     d = data(case, torch.float32)
-    y, clipped, modified = linear.forward(*d.inputs(), case.spec)
-    assert clipped.dtype == torch.uint8 and clipped.shape == (3, 5, 2)
-    assert clipped.numel() * 8 == y.numel() * 3 and modified.numel() == 0
+    d.x[:16] *= 0.01  # nothing is clipped in the first patch of rows
+    y, marks, modified = linear.forward(*d.inputs(), case.spec)
+    assert marks.dtype == torch.uint8 and marks.shape == (3, 3, 3) and modified.numel() == 0
+    assert marks[:, 0].eq(0).all() and marks[:, 1:].eq(1).any()
+    seen = {"y": y, "marks": marks}
+    again = linear.forward(*d.inputs(), case.spec)
+    assert torch.equal(again[0], seen["y"]) and torch.equal(again[1], marks)
+
+
+def test_only_marked_blocks_are_computed_again(monkeypatch):
+    case = Case(ADC, TILES, 70, lead=(35,))
+    d = data(case, torch.float32)
+    forward = linear.forward(*d.inputs(), case.spec)
+    state = d.x, d.weight, d.input_range, d.clip, d.seed
+
+    def gradients(marks):
+        needs = [True, True, True, True, False]
+        return linear.backward(d.grad, *state, marks, forward[2], needs, case.spec)
+
+    right, all_marked = gradients(forward[1]), gradients(torch.ones_like(forward[1]))
+    none = gradients(torch.zeros_like(forward[1]))
+    for name in ("x", "weight", "input_range"):
+        assert torch.equal(getattr(right, name), getattr(all_marked, name)), name
+        assert not torch.equal(getattr(right, name), getattr(none, name)), name
 
 
 # --------------------------------------------------------------------------- 8-bit inference
@@ -141,6 +158,17 @@ def test_eight_bit_inference(fields, shape):
     assert_as_good(found, exact, same, torch.bfloat16)
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_an_integer_hides_no_nan(mode):
+    case = Case({**EIGHT_BIT, "range_mode": mode}, TILES, lead=(70,))
+    d = data(case, torch.bfloat16)
+    d.x[1, 2], d.x[2, 6] = float("nan"), float("inf")
+    found = linear.forward(*d.inputs(), case.spec)[0].cpu()
+    expected = oracle_forward(case.spec, d)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert found[1].isnan().all() and found[0].isfinite().all()
+
+
 def test_codes_are_kept_until_the_weight_or_its_clip_changes():
     case = Case(EIGHT_BIT, TILES, clip=True)
     d = data(case, torch.bfloat16)
@@ -151,9 +179,22 @@ def test_codes_are_kept_until_the_weight_or_its_clip_changes():
         before = eight_bit.prepare(d.weight, d.clip, case.spec)
         t.mul_(0.5)
         assert eight_bit.prepare(d.weight, d.clip, case.spec) is not before
+    changed = eight_bit.prepare(d.weight, d.clip, case.spec)
+    changes.written([d.weight])
+    assert eight_bit.prepare(d.weight, d.clip, case.spec) is not changed
     count = len(eight_bit._prepared)
-    del d
+    del d, t
     assert len(eight_bit._prepared) < count
+
+
+def test_codes_of_parts_of_a_parameter_are_kept_beside_one_another():
+    spec = Case(EIGHT_BIT, TILES).spec
+    whole = torch.randn(13, 14, device=DEVICE)
+    parts = [lambda: whole.T[:7], lambda: whole.T[7:]]
+    first = [eight_bit.prepare(part(), None, spec) for part in parts]
+    again = [eight_bit.prepare(part(), None, spec) for part in parts]
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].codes, first[1].codes)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +204,27 @@ def test_codes_are_kept_until_the_weight_or_its_clip_changes():
 )  # fmt: skip
 def test_what_is_no_eight_bit_inference(fields):
     assert not plan.eight_bit(Case({**EIGHT_BIT, **fields}).spec)
+
+
+# ------------------------------------------------------------------------------ precision
+
+
+@pytest.fixture
+def precision():
+    """torch's precision of float32 products, put back."""
+    yield torch.backends.cuda.matmul
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_float32_is_multiplied_as_torchs_setting_says(monkeypatch, precision):
+    monkeypatch.setattr(tile, "is_interpreted", lambda kernel: False)
+    assert tile.precision_of(torch.float32) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    assert tile.precision_of(torch.float32) == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert tile.precision_of(torch.float32) == "ieee"
+    precision.fp32_precision = "tf32"
+    assert tile.precision_of(torch.float32) == "tf32"
+    assert tile.precision_of(torch.bfloat16) == "ieee"
+    assert tile.precision_of(torch.int8) == "int8"

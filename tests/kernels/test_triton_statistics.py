@@ -3,10 +3,10 @@ import torch
 from triton_cases import DEVICE
 
 from analogfx.kernels import statistics as plain
-from analogfx.kernels.triton import statistics
+from analogfx.kernels.triton import blocks, statistics
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "poisoned"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
 ]
 
@@ -28,8 +28,12 @@ def both(batches, mode, sizes, momentum=0.9, limit=2, dtype=torch.float32):
 @pytest.mark.parametrize(("mode", "momentum"), [("static", 0.9), ("fast", 0.9), ("fast", -1)])
 @pytest.mark.parametrize("sizes", [(7,), (3, 2, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_torchs(monkeypatch, mode, momentum, sizes, dtype):
+@pytest.mark.parametrize("small", [True, False])
+def test_it_is_torchs(monkeypatch, mode, momentum, sizes, dtype, small):
     monkeypatch.setattr(statistics, "STRIPS", 2)
+    if small:  # several blocks along both axes
+        monkeypatch.setattr(blocks, "ROWS", 2)
+        monkeypatch.setattr(blocks, "COLUMNS", 2)
     g = torch.Generator().manual_seed(0)
     batches = [torch.randn(3, 3, 7, generator=g) * (i + 1) + 100 for i in range(3)]
     ours, torchs = both(batches, mode, sizes, momentum, dtype=dtype)

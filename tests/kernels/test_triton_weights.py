@@ -7,7 +7,7 @@ from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks, weights
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "poisoned"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
 ]
 
@@ -21,7 +21,11 @@ def matrix(sizes, outputs=7, dtype=torch.float32):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_maxima_are_exact(sizes, dtype):
+@pytest.mark.parametrize("small", [True, False])
+def test_maxima_are_exact(monkeypatch, sizes, dtype, small):
+    if small:  # several blocks along both axes
+        monkeypatch.setattr(blocks, "ROWS", 2)
+        monkeypatch.setattr(blocks, "COLUMNS", 2)
     spec = MVMSpec(list(sizes), [7], noise_std=0.1)
     w = matrix(sizes, dtype=dtype)
     assert torch.equal(weights.maxima(w, None, spec), plain.maxima(w, None, spec))

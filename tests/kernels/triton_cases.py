@@ -91,6 +91,13 @@ CASES = {
         dtypes=(torch.float32, torch.bfloat16),
     ),
     "aligned, few rows": Case(ADC, (16, 16), 24),
+    "second blocks": Case(
+        {**ADC, **NOISY}, (70, 69), out_sizes=(40, 27), lead=(67,), clip=True,
+        dtypes=(torch.float32, torch.bfloat16),
+    ),
+    "second blocks, dynamic": Case(
+        {**ADC, "range_mode": "dynamic"}, (80,), 80, lead=(130,), dtypes=(torch.bfloat16,)
+    ),
     "no rows": Case(ADC, TILES, lead=(0,), clip=True),
     "no axis": Case(ADC, TILES, lead=()),
     "two axes": Case(ADC, TILES, lead=(2, 3)),

@@ -21,7 +21,7 @@ def kernel(dtype="bf16", matrix=True, num_warps=8, **constants):
         name=f"product[{dtype}]",
         dtype=dtype,
         matrix=matrix,
-        num_warps=num_warps,
+        options={"num_warps": num_warps},
         constants=BLOCKS | constants,
     )
 
@@ -121,7 +121,8 @@ def product(p_a, p_b, p_c, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 def job(block, width, warps):
     return SimpleNamespace(
-        name="product", kernel=product, dtype="bf16", matrix=True, num_warps=warps, num_stages=1,
+        name="product", kernel=product, dtype="bf16", matrix=True,
+        options={{"num_warps": warps, "num_stages": 1}},
         signature=dict(p_a="*bf16", p_b="*bf16", p_c="*fp32", BLOCK="constexpr", WIDTH="constexpr"),
         constants=dict(BLOCK=block, WIDTH=width, BLOCK_ROWS=block),
         attrs={{(i,): [["tt.divisibility", 16]] for i in range(3)}},

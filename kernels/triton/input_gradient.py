@@ -1,0 +1,271 @@
+"""The backward product that gives the gradients of the inputs and of their ranges.
+
+With g_t the gradient of the output, 0 where tile t's ADC clipped:
+
+    dx[t]  = (g_t W~[t]) [|x[t]| <= r_t]
+    dr_t   = r_t sum_{|x| >= r_t} min(sign(x) (g_t W~[t]), 0)     static: data term; with a count
+    dr_t   = sum_{|x| > r_t} sign(x) (g_t W~[t])                  fast
+
+Straight through every rounding and noise. A block lies within one tile; what it adds to a range's
+gradient it stores beside the others', to be summed in one order: no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton.blocks import Blocks
+from analogfx.kernels.triton.device import (
+    PATCH_ROWS,
+    any_marked,
+    dot,
+    halves,
+    masked,
+    rounded_to,
+    swizzled,
+    tile_span,
+)
+from analogfx.kernels.triton.launch import Launch, blocks_of
+from analogfx.kernels.triton.tile import precision_of
+from analogfx.kernels.triton.weights import geometry, is_even
+
+
+@triton.jit
+def through_clamp(
+    grad,
+    p_x,
+    p_range,
+    p_dx,
+    tile,
+    start,
+    length,
+    o_row,
+    first,
+    n_rows,
+    n_inputs,
+    stride_xn,
+    stride_xi,
+    RANGE: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store what a tile's clamp lets through of a block's gradient; its part of the range's."""
+    o_column = first + tl.arange(0, COLUMNS)
+    o_input = (start + o_column).to(tl.int64)
+    m = (o_row < n_rows)[:, None] & (o_column < length)[None, :]
+    data, count = 0.0, 0.0
+    if RANGE == "static" or RANGE == "fast":
+        at = o_row[:, None] * stride_xn + o_input[None, :] * stride_xi
+        x = tl.load(p_x + at, mask=m, other=0.0).to(tl.float32)
+        r = tl.load(p_range + tile)
+        if PARTIAL:
+            signed = tl.where(x > 0, grad, tl.where(x < 0, -grad, 0.0))
+            if RANGE == "static":
+                beyond = (tl.abs(x) >= r) & m
+                signed = tl.minimum(signed, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                beyond = (tl.abs(x) > r) & m
+            data = tl.sum(tl.sum(tl.where(beyond, signed, 0.0), axis=1), axis=0)
+            count = tl.sum(tl.sum(beyond.to(tl.float32), axis=1), axis=0)
+        grad *= (tl.abs(x) <= r).to(tl.float32)
+    if p_dx is not None:
+        at = o_row[:, None] * n_inputs + o_input[None, :]
+        tl.store(p_dx + at, rounded_to(grad, p_dx.dtype.element_ty), mask=m)
+    return data, count
+
+
+@triton.jit
+def gradient_product(
+    p_g,
+    p_w,
+    p_bits,
+    tile,
+    o_row,
+    m_in,
+    n_rows,
+    n_outputs,
+    stride_go,
+    stride_wo,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """g_t W~[t] for a block of inputs, float32.
+
+    Args:
+        p_g, p_w: pointers to the block's rows (BLOCK_ROWS, 1) and inputs (1, BLOCK_IN).
+    """
+    o_k = tl.arange(0, BLOCK_OUT)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
+    for first in range(0, n_outputs, BLOCK_OUT):
+        o_out = first + o_k.to(tl.int64)
+        m_out = o_k < (BLOCK_OUT if WHOLE else n_outputs - first)
+        g = tl.load(p_g + o_out[None, :] * stride_go, mask=m_out[None, :], other=0.0)
+        if MASKED:
+            g = masked(
+                g, p_bits, tile, o_row[:, None], o_out[None, :], m_out[None, :], n_rows, n_outputs
+            )
+        m = m_out[:, None] & m_in[None, :]
+        w = tl.load(p_w + o_out[:, None] * stride_wo, mask=m, other=0.0)
+        acc = dot(g, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def linear_backward_input(
+    p_g,
+    p_w,
+    p_x,
+    p_range,
+    p_bits,
+    p_marked,
+    p_dx,
+    p_partial,
+    n_rows,
+    n_outputs,
+    n_inputs,
+    size,
+    larger,
+    stride_gn,
+    stride_go,
+    stride_wo,
+    stride_wi,
+    stride_xn,
+    stride_xi,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TILES: tl.constexpr,
+    RANGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One block of one tile's inputs: its gradient, and what it adds to that of the range."""
+    per_tile = tl.cdiv(size if EVEN else size + 1, BLOCK_IN)
+    n_down = tl.cdiv(n_rows, BLOCK_ROWS)
+    row, column = swizzled(tl.program_id(0), n_down, per_tile * TILES, GROUP)
+    tile = column // per_tile
+    start, length = tile_span(tile, size, larger, EVEN)
+    o_row = row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_column = (column % per_tile) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    o_input = (start + o_column).to(tl.int64)
+    # Beyond the edge the last row is read again, and not stored: no mask is held. Not so for the
+    # inputs, which lie side by side in memory: the compiler must see that they do.
+    in_row = tl.minimum(o_row, n_rows - 1)
+    m_in = o_column < length
+    p_g += in_row[:, None] * stride_gn
+    p_w += o_input[None, :] * stride_wi
+
+    if p_bits is None:
+        acc = gradient_product(
+            p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo, False,
+            WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+    else:
+        # A loop of its own for a block in which nothing was clipped: it reads no bits, and g goes
+        # from memory to the tensor cores without a detour through registers.
+        down: tl.constexpr = BLOCK_ROWS // PATCH_ROWS
+        patches = tl.cdiv(n_rows, PATCH_ROWS)
+        if any_marked(p_marked + tile.to(tl.int64) * patches, row * down, patches, down):
+            acc = gradient_product(
+                p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo,
+                True, WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+            )  # fmt: skip
+        else:
+            acc = gradient_product(
+                p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo,
+                False, WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+            )  # fmt: skip
+
+    # Half a block at a time: beside the accumulator, addresses of all of x do not fit.
+    HALF: tl.constexpr = BLOCK_IN // 2
+    left, right = halves(acc, BLOCK_ROWS, BLOCK_IN)
+    first = (column % per_tile) * BLOCK_IN
+    data, count = through_clamp(
+        left, p_x, p_range, p_dx, tile, start, length, o_row, first, n_rows, n_inputs, stride_xn,
+        stride_xi, RANGE, p_partial is not None, HALF,
+    )  # fmt: skip
+    more_data, more_count = through_clamp(
+        right, p_x, p_range, p_dx, tile, start, length, o_row, first + HALF, n_rows, n_inputs,
+        stride_xn, stride_xi, RANGE, p_partial is not None, HALF,
+    )  # fmt: skip
+    if p_partial is not None:
+        blocks = n_down * per_tile
+        at = tile * blocks + row * per_tile + column % per_tile
+        tl.store(p_partial + at, data + more_data)
+        tl.store(p_partial + TILES * blocks + at, count + more_count)
+
+
+def input_launch(
+    g: Tensor,
+    w: Tensor,
+    x: Tensor,
+    ranges: Tensor | None,
+    bits: Tensor | None,
+    marked: Tensor | None,
+    dx: Tensor | None,
+    partial: Tensor | None,
+    spec: MVMSpec,
+    tile: Blocks,
+) -> Launch:
+    """Gradients of x (N, I) and of the ranges from g (N, O) and the modified weights (O, I).
+
+    Args:
+        bits: uint8 (k, N, ceil(O / 8)): what a bound clipped, None where there is no bound.
+        marked: uint8 (k, patches): patches of rows that hold something clipped, None without bits.
+        dx: contiguous (N, I), or None where it is not wanted.
+        partial: float32 of :func:`partial_shape`, or None: sums and counts for every block.
+    """
+    rows, outputs = g.shape
+    per_tile = blocks_of(max(spec.in_sizes), tile.inputs)
+    has_range = ranges is not None and spec.range_mode in ("static", "fast")
+    return Launch(
+        linear_backward_input,
+        (blocks_of(rows, tile.rows) * per_tile * len(spec.in_sizes),),
+        {
+            "p_g": g,
+            "p_w": w,
+            "p_x": x if has_range else None,
+            "p_range": ranges if has_range else None,
+            "p_bits": bits,
+            "p_marked": marked,
+            "p_dx": dx,
+            "p_partial": partial,
+            "n_rows": rows,
+            "n_outputs": outputs,
+            "n_inputs": w.shape[1],
+            **geometry(spec),
+            "stride_gn": g.stride(0),
+            "stride_go": g.stride(1),
+            "stride_wo": w.stride(0),
+            "stride_wi": w.stride(1),
+            "stride_xn": x.stride(0),
+            "stride_xi": x.stride(1),
+        },
+        {
+            "EVEN": is_even(spec),
+            "WHOLE": outputs % tile.outputs == 0,
+            "TILES": len(spec.in_sizes),
+            "RANGE": spec.range_mode if has_range else "none",
+            "PRECISION": precision_of(w.dtype),
+            "BLOCK_ROWS": tile.rows,
+            "BLOCK_OUT": tile.outputs,
+            "BLOCK_IN": tile.inputs,
+            "GROUP": 8,
+        },
+        tile.options,
+    )
+
+
+def partial_shape(rows: int, spec: MVMSpec, tile: Blocks) -> tuple[int, int, int]:
+    """(sum and count, k, blocks of a tile) of the partial gradients of the ranges."""
+    per_tile = blocks_of(max(spec.in_sizes), tile.inputs)
+    return 2, len(spec.in_sizes), blocks_of(rows, tile.rows) * per_tile

@@ -1,0 +1,226 @@
+"""One tile's share of a block of outputs: what the forward product and its repetition share.
+
+    q_t = DAC(x[t])                                  integers, or the clamped input without a DAC
+    y_t = (q_t W~[t]^T) s_t                          s_t: the DAC's step (times the weights' codes')
+    z_t = round((y_t + strength r_t a N(0, 1)) / d) d,  d = 2 B_t / n,  B_t = r_t b a
+
+Output noise of tile t is stream t + 1 over the elements of y.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton.blocks import Blocks
+from analogfx.kernels.triton.device import (
+    dac,
+    dot,
+    normal_at,
+    normal_quads,
+    on_grid,
+    rounded_to,
+    step_of,
+)
+from analogfx.kernels.triton.launch import is_interpreted
+from analogfx.kernels.triton.weights import geometry, is_even
+
+
+@triton.jit
+def tile_range(p_range, tile, o_row, n_rows, RANGE: tl.constexpr, TILES: tl.constexpr):
+    """The range of one tile: a scalar, (ROWS, 1) where it is dynamic, 1 where there is none."""
+    r = 1.0
+    if RANGE == "fixed":
+        r = tl.load(p_range + tile)
+    elif RANGE == "dynamic":
+        r = tl.load(p_range + o_row * TILES + tile, mask=o_row < n_rows, other=0.0)[:, None]
+    return r
+
+
+@triton.jit
+def tile_product(
+    p_x,
+    p_w,
+    r,
+    start,
+    length,
+    stride_xi,
+    stride_wi,
+    WHOLE: tl.constexpr,
+    RANGE: tl.constexpr,
+    CONVERT: tl.constexpr,
+    INP_RES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """One tile's product for a block of outputs, float32.
+
+    Args:
+        p_x, p_w: pointers to the block's rows (BLOCK_ROWS, 1) and outputs (1, BLOCK_OUT).
+    """
+    o_in = tl.arange(0, BLOCK_IN)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.int32 if PRECISION == "int8" else tl.float32)
+    for first in range(0, length, BLOCK_IN):
+        o_input = (start + first + o_in).to(tl.int64)
+        m_in = o_in < (BLOCK_IN if WHOLE else length - first)
+        x = tl.load(p_x + o_input[None, :] * stride_xi, mask=m_in[None, :], other=0.0)
+        if CONVERT:
+            x = dac(x.to(tl.float32), r, RANGE, INP_RES, False)
+            x = rounded_to(x, p_w.dtype.element_ty)
+        w = tl.load(p_w + o_input[:, None] * stride_wi, mask=m_in[:, None], other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+    y = acc.to(tl.float32)
+    if INP_RES > 0:
+        y *= step_of(r, INP_RES)
+    return y
+
+
+@triton.jit
+def draw_block(
+    p_seed,
+    stream,
+    o_row,
+    first_output,
+    n_outputs,
+    QUADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Standard normal values for a block of outputs."""
+    seed = tl.load(p_seed)
+    row = (o_row * n_outputs)[:, None] + first_output
+    if QUADS:  # four outputs side by side share a counter
+        counter = row // 4 + tl.arange(0, BLOCK_OUT // 4)[None, :]
+        draw = tl.reshape(normal_quads(seed, counter, stream), (BLOCK_ROWS, BLOCK_OUT))
+    else:
+        draw = normal_at(seed, row + tl.arange(0, BLOCK_OUT)[None, :], stream)
+    return draw
+
+
+@triton.jit
+def behind_adc(
+    y,
+    r,
+    tile,
+    o_row,
+    first_output,
+    n_outputs,
+    p_weight_step,
+    p_noise_scale,
+    p_bound_scale,
+    p_seed,
+    OUT_NOISE: tl.constexpr,
+    OUT_BOUND: tl.constexpr,
+    OUT_RES: tl.constexpr,
+    QUADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One tile's product (ROWS, COLUMNS) with output noise and rounded by its ADC; the bound.
+
+    Not clamped yet. Outputs beyond the edge have a bound of 0.
+    """
+    o_out = first_output + tl.arange(0, COLUMNS)
+    m_out = o_out < n_outputs
+    o_scale = tile * n_outputs + o_out
+    if p_weight_step is not None:
+        y *= tl.load(p_weight_step + o_scale, mask=m_out, other=0.0)[None, :]
+    if OUT_NOISE > 0:
+        a = tl.load(p_noise_scale + o_scale, mask=m_out, other=0.0)[None, :]
+        draw = draw_block(p_seed, tile + 1, o_row, first_output, n_outputs, QUADS, ROWS, COLUMNS)
+        y += draw * (a * (OUT_NOISE * r))
+    bound = 0.0
+    if OUT_BOUND > 0:
+        a = tl.load(p_bound_scale + o_scale, mask=m_out, other=0.0)[None, :]
+        bound = (r * OUT_BOUND) * a
+        if OUT_RES > 0:
+            step = step_of(bound, OUT_RES)
+            step = tl.where(step == 0, 1.0, step)
+            y = on_grid(y, step) * step
+    return y, bound
+
+
+def precision_of(operand: torch.dtype) -> str:
+    """How a kernel multiplies operands of a dtype: float32 as torch's own setting says."""
+    if operand == torch.int8:
+        return "int8"
+    if is_interpreted(behind_adc):
+        return "interpreted"
+    # The older torch.get_float32_matmul_precision() raises where this setting was used.
+    if operand == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def range_mode(ranges: Tensor | None, spec: MVMSpec) -> str:
+    """How a kernel finds a tile's range."""
+    return "none" if ranges is None else "dynamic" if spec.range_mode == "dynamic" else "fixed"
+
+
+def arguments(
+    x: Tensor,
+    w: Tensor,
+    ranges: Tensor | None,
+    weight_step: Tensor | None,
+    noise_scale: Tensor | None,
+    bound_scale: Tensor | None,
+    seed: Tensor | None,
+    spec: MVMSpec,
+) -> dict[str, Any]:
+    """Arguments of a kernel that computes tiles' outputs from x (N, I) and w (O, I).
+
+    Args:
+        ranges: (k,) or (N, k) float32, or None.
+        weight_step: (k, O) float32: what the codes in an int8 ``w`` stand for, else None.
+        noise_scale, bound_scale: (k, O) float32, None without output noise or bound.
+    """
+    return {
+        "p_x": x,
+        "p_w": w,
+        "p_range": ranges,
+        "p_weight_step": weight_step,
+        "p_noise_scale": noise_scale,
+        "p_bound_scale": bound_scale,
+        "p_seed": seed if spec.out_noise else None,
+        "n_rows": x.shape[0],
+        "n_outputs": w.shape[0],
+        **geometry(spec),
+        "stride_xn": x.stride(0),
+        "stride_xi": x.stride(1),
+        "stride_wo": w.stride(0),
+        "stride_wi": w.stride(1),
+    }
+
+
+def constants(
+    w: Tensor, ranges: Tensor | None, convert: bool, spec: MVMSpec, tile: Blocks
+) -> dict[str, Any]:
+    """Constants of such a kernel.
+
+    Args:
+        convert: x is raw; else it is behind the DAC already.
+    """
+    return {
+        "EVEN": is_even(spec),
+        "WHOLE": all(size % tile.inputs == 0 for size in spec.in_sizes),
+        "TILES": len(spec.in_sizes),
+        "RANGE": range_mode(ranges, spec),
+        "CONVERT": convert and ranges is not None,
+        "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
+        "OUT_NOISE": float(spec.out_noise),
+        "OUT_BOUND": float(spec.out_bound),
+        "OUT_RES": float(spec.out_res),
+        "QUADS": w.shape[0] % 4 == 0,
+        "PRECISION": precision_of(w.dtype),
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_OUT": tile.outputs,
+        "BLOCK_IN": tile.inputs,
+        "GROUP": 8,
+    }
