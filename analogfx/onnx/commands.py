@@ -44,7 +44,8 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="append",
         required=True,
         metavar="SHAPE",
-        help="shape of an input, such as 1,3,32,32, or i:1,16 for token ids; once per input",
+        help="shape of an input, such as 1,3,32,32, or i:1,16 for token ids (zeros and ones), or "
+        "m:1,16 for a mask (ones); once for each input, in forward's order",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ONNX file")
     parser.add_argument("--level", choices=LEVELS, default="fused", help="default: fused")
@@ -63,18 +64,26 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=_run_inspect)
 
 
+_KINDS: dict[str, Callable[[list[int]], Tensor]] = {
+    "": torch.randn,
+    "i": lambda shape: torch.randint(0, 2, shape),
+    "m": lambda shape: torch.ones(shape, dtype=torch.int64),
+}
+"""What stands before a shape: nothing for normal values, i for token ids, m for a mask."""
+
+
 def _shape(text: str) -> Callable[[], Tensor]:
-    """An input of a shape: normal values, or with ``i:`` in front zeros and ones as token ids."""
+    """Makes an input of a kind and a shape."""
     kind, _, sizes = text.rpartition(":")
     try:
         shape = [int(size) for size in sizes.split(",")]
     except ValueError:
         shape = []
-    if kind not in ("", "i") or not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected sizes such as 1,3,32,32 or i:1,16")
-    if kind:
-        return lambda: torch.randint(0, 2, shape)
-    return lambda: torch.randn(shape)
+    if kind not in _KINDS or not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected sizes such as 1,3,32,32, or i:1,16, or m:1,16"
+        )
+    return lambda: _KINDS[kind](shape)
 
 
 def _run_export(arguments: argparse.Namespace) -> None:

@@ -62,7 +62,12 @@ def test_a_transformers_folder_needs_no_factory(tmp_path, capsys):
     folder = tmp_path / "llama"
     analogfx.save(analog, folder)
     config.save_pretrained(folder)
-    call("export", "--checkpoint", folder, "--input", "i:1,6", "--out", tmp_path / "m.onnx")
+    call("export", "--checkpoint", folder, "--input", "i:1,6", "--input", "m:1,6",
+         "--out", tmp_path / "m.onnx")  # fmt: skip
+    assert [i.name for i in onnx.load(tmp_path / "m.onnx").graph.input] == [
+        "input_ids",
+        "attention_mask",
+    ]
     assert "8 sites on 8 tiles" in capsys.readouterr().out
 
 
