@@ -54,11 +54,14 @@ def find_device(name: str) -> Device:
 
 
 def bench(device: Device, suite: Suite, path: Path) -> list[Row]:
-    """Measure a suite and append its rows to a data file, all of them or none."""
+    """Measure a suite and append its rows to a data file: those of a shape all of them or none."""
     device.prepare()
     common = environment(device)
-    rows = [common | row for shape in suite.shapes for row in measure(shape, suite, device)]
-    append_rows(path, rows)
+    rows: list[Row] = []
+    for shape in suite.shapes:  # what breaks a device later takes nothing of this
+        of_shape = [common | row for row in measure(shape, suite, device)]
+        append_rows(path, of_shape)
+        rows += of_shape
     return rows
 
 

@@ -166,7 +166,7 @@ def figure_table(rows: list[Row]) -> str:
     contenders = list(dict.fromkeys(contender_of(row) for row in rows))
     cells = {(shape_of(row), contender_of(row)): cell(row) for row in rows}
     lines = [
-        [str(shape), *(cells[shape, contender] for contender in contenders)]
+        [str(shape), *(cells.get((shape, contender), "fails") for contender in contenders)]
         for shape in dict.fromkeys(map(shape_of, rows))
     ]
     title = f"**{rows[0]['what']}**, {rows[0]['unit']}"

@@ -8,6 +8,8 @@ element-wise arithmetic, random numbers and the launches themselves take no time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from analogfx.kernels import plan
+
 
 class Shape(NamedTuple):
     """Rows of the input, and the layer."""
@@ -118,13 +120,13 @@ def eight_bit_forward(shape: Shape, tiles: int) -> list[Launch]:
 
 
 def analog_step(shape: Shape, tiles: int) -> list[Launch]:
-    """The recipe in training: forward, backward, SGD and clipping, ranges set.
+    """The recipe in training: forward, backward, SGD and clipping, ranges set, no output clipped.
 
-    The backward makes the noisy weights and the converted inputs again.
+    The backward makes the noisy weights and the converted inputs again, and a bit for every output
+    of every tile, of which it sets those that a bound clipped.
     """
     s = sizes(shape)
-    scales = _scales(shape, tiles)
-    marks = tiles * shape.rows * -(-shape.outputs // 8)
+    scales, marks = _scales(shape, tiles), _marks(shape, tiles)
     weights = [Launch("row maxima", s.w + scales), Launch("weight noise", 2 * s.w + scales)]
     dac = Launch("DAC", 2 * s.x)
     return [
@@ -132,18 +134,25 @@ def analog_step(shape: Shape, tiles: int) -> list[Launch]:
         dac,
         Launch("forward", s.x + s.w + s.bias + s.y + scales + marks, s.operations),
         *weights,
-        Launch("dX", s.y + s.w + 2 * s.x + marks, s.operations),
+        Launch("clipped outputs, none", marks + tiles * shape.rows * -(-shape.outputs // 8)),
+        Launch("dX", s.y + s.w + 2 * s.x, s.operations),
         dac,
-        Launch("dW", s.y + s.x + s.w + marks, s.operations),
+        Launch("dW", s.y + s.x + s.w, s.operations),
         Launch("bias gradient", s.y + s.bias),
         _sgd(s),
-        Launch("clip", 3 * s.w),
+        Launch("clip", 3 * s.w),  # its second read may come from the cache
     ]
 
 
 def statistics(shape: Shape) -> list[Launch]:
     """What a step has to do besides while data still sets the ranges."""
     return [Launch("statistics", sizes(shape).x)]
+
+
+def _marks(shape: Shape, tiles: int) -> int:
+    """Bytes of a mark for every patch of outputs of every tile."""
+    rows, outputs = plan.PATCH
+    return tiles * -(-shape.rows // rows) * -(-shape.outputs // outputs)
 
 
 def _scales(shape: Shape, tiles: int) -> int:

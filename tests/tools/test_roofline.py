@@ -11,7 +11,8 @@ SHAPE = Shape(rows=100, inputs=32, outputs=16)
 X, W, Y, BIAS = 2 * 100 * 32, 2 * 32 * 16, 2 * 100 * 16, 2 * 16
 PRODUCT = 2 * 100 * 32 * 16
 SCALES = 4 * 16
-MARKS = 100 * 2  # a bit for each of 16 outputs
+MARKS = 7 * 1  # one for each 16 rows and 32 outputs
+BITS = 100 * 2  # one for each of 16 outputs
 
 
 def by_name(launches):
@@ -37,19 +38,22 @@ def test_an_analog_step_by_hand(k):
         ("DAC", 2 * X, 0),
         ("forward", X + W + BIAS + Y + k * (SCALES + MARKS), PRODUCT),
         *weights,
-        ("dX", Y + W + 2 * X + k * MARKS, PRODUCT),
+        ("clipped outputs, none", k * (MARKS + BITS), 0),
+        ("dX", Y + W + 2 * X, PRODUCT),
         ("DAC", 2 * X, 0),
-        ("dW", Y + X + W + k * MARKS, PRODUCT),
+        ("dW", Y + X + W, PRODUCT),
         ("bias gradient", Y + BIAS, 0),
         ("SGD", 3 * (W + BIAS), 0),
         ("clip", 3 * W, 0),
     ]
 
 
-def test_marks_fill_whole_bytes():
-    odd = Shape(100, 32, 17)
-    added = roofline.analog_step(odd, 2)[3].bytes - roofline.analog_step(odd, 1)[3].bytes
-    assert added == 4 * 17 + 100 * 3
+def test_marks_and_bits_fill_whole_bytes():
+    odd = Shape(100, 32, 33)
+    one, two = (roofline.analog_step(odd, k) for k in (1, 2))
+    forward, clipped = (two[i].bytes - one[i].bytes for i in (3, 6))
+    assert forward == 4 * 33 + 7 * 2
+    assert clipped == 7 * 2 + 100 * 5
 
 
 def test_inference_by_hand():
