@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
@@ -25,8 +25,11 @@ from analogfx.capture import (
 from analogfx.compiled import in_transform
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
 from analogfx.errors import CaptureError
+from analogfx.kernels import dispatch
+from analogfx.kernels.spec import MVMSpec
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site, StateNames
+from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
 
 _explicit = False
@@ -69,6 +72,15 @@ class Program:
     fused: Callable[..., Any]
     decisions: tuple[Decision, ...]
     sites: tuple[AnalogSite, ...]
+    lowered: tuple[Lowered | None, ...]
+    """What every site was lowered to; None for a chain that stayed explicit."""
+
+
+class Lowered(NamedTuple):
+    """The fused op of one site."""
+
+    spec: MVMSpec
+    is_conv: bool
 
 
 def build(
@@ -97,7 +109,9 @@ def build(
     sites = tuple(_analog_site(site) for site in context.sites)
     explicit = bind(graph)
     pipeline.run(pipeline.FUSED, graph, context, after)
-    return Program(explicit, bind(graph), tuple(pipeline.decisions(graph)), sites)
+    fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
+    lowered = tuple(fused.get(site.index) for site in context.sites)
+    return Program(explicit, bind(graph), tuple(pipeline.decisions(graph)), sites, lowered)
 
 
 def check_same_sites(first: Program, second: Program) -> None:
@@ -175,6 +189,22 @@ class Placement:
     def sites(self) -> tuple[AnalogSite, ...]:
         """The module's analog products."""
         return next(iter(self.programs.values())).sites
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was decided about every product of the module."""
+        return next(iter(self.programs.values())).decisions
+
+    def computed_by(self, module: nn.Module) -> list[str]:
+        """What computes each site's products in the module's mode: a kernel, or torch and why."""
+        programs = (p for (training, _), p in self.programs.items() if training == module.training)
+        return [
+            "torch: its chain of ops is not one that lower knows"
+            if lowered is None
+            else dispatch.chosen(site.weight(module), lowered.spec, lowered.is_conv)
+            for program in itertools.islice(programs, 1)
+            for site, lowered in zip(program.sites, program.lowered, strict=True)
+        ]
 
     def state_names(self) -> list[str]:
         """Names of everything that the sites may have registered on the module."""

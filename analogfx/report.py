@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.capture import mentions_product
 from analogfx.errors import PlacementError
+from analogfx.module import AnalogModule
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Report:
     sites: tuple[SiteReport, ...] = field(repr=False)
     passes: Mapping[str, int] = field(default_factory=dict, compare=False)
     """How much each whole-graph pass of the compiler changed, in all graphs compiled so far."""
+    kernels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What computes each analog site as the model is now: a kernel, or torch and why."""
 
     @property
     def coverage(self) -> float:
@@ -53,7 +56,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         sites = [asdict(s) for s in self.sites]
-        return {"coverage": self.coverage, "sites": sites, "passes": dict(self.passes)}
+        counted = {"passes": dict(self.passes), "kernels": dict(self.kernels)}
+        return {"coverage": self.coverage, "sites": sites, **counted}
 
     def __repr__(self) -> str:
         return str(self)
@@ -80,6 +84,7 @@ class Report:
             f"{analog} of {len(self.sites)} products analog, "
             f"{self.coverage:.1%} of the weight elements"
         )
+        lines += [f"{n} computed by {how}" for how, n in Counter(self.kernels.values()).items()]
         if self.passes:
             counts = ", ".join(f"{name} {count}" for name, count in self.passes.items())
             lines.append(f"changed by whole-graph passes: {counts}")
@@ -209,13 +214,24 @@ def report(analog: nn.Module) -> Report:
     placed = getattr(model, "_analog_report", None)
     compiled = _compiled.get(model) if isinstance(model, nn.Module) else None
     if isinstance(placed, Report):
-        return replace(placed, passes=dict(compiled.passes)) if compiled else placed
+        passes = dict(compiled.passes) if compiled else {}
+        return replace(placed, passes=passes, kernels=_kernels(model))
     if compiled is not None:
         return compiled.report(model)
     raise PlacementError(
         f"{type(model).__name__} carries no placement: pass what analogize() or load() returned, "
         'or a model of which torch.compile(backend="analogfx") has compiled something'
     )
+
+
+def _kernels(model: nn.Module) -> dict[str, str]:
+    """What computes each site of an analog model, by the site's name."""
+    return {
+        site_name(path, site.name, len(placement.decisions) > 1): how
+        for path, module in model.named_modules()
+        if isinstance(module, AnalogModule) and (placement := module._analog)
+        for site, how in zip(placement.sites, placement.computed_by(module), strict=True)
+    }
 
 
 def check_strict(placed: Report) -> None:

@@ -139,10 +139,17 @@ def serves(reason: str) -> bool:
     return _chosen != "reference" and not reason
 
 
-def chosen(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
-    """What computes a linear product, for a report: the kernels and how, or torch and why."""
-    reason = "it was asked for" if _chosen == "reference" else refusal(x, weight, spec)
-    return f"torch: {reason}" if reason else plan.described(x.dtype, spec)
+def chosen(weight: Tensor, spec: MVMSpec, is_conv: bool = False) -> str:
+    """What computes a site's product, for a report: the kernels and how, or torch and why.
+
+    Args:
+        weight: taken for an input, too: inputs are to have its dtype and device.
+    """
+    if _chosen == "reference":
+        reason = "it was asked for"
+    else:
+        reason = refused_convolution(weight) if is_conv else refusal(weight, weight, spec)
+    return f"torch: {reason}" if reason else plan.described(weight.dtype, spec)
 
 
 def clip_rows(matrix: Tensor, sigma: float) -> None:

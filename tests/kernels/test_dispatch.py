@@ -89,22 +89,38 @@ def test_refusals_have_a_name(reason, of_spec, x, w):
     assert reason in found
     with pytest.raises(KernelError, match=reason):
         dispatch.serves(found)
-    assert dispatch.chosen(operands(x)[0], operands(w)[1], of_spec) == f"torch: {found}"
+    if x == w:
+        assert dispatch.chosen(operands(w)[1], of_spec) == f"torch: {found}"
 
 
 def test_auto_leaves_the_cpu_to_torch():
-    x, w = operands(device="cpu")
-    on_device = x.to(DEVICE), w.to(DEVICE)
+    w = operands(device="cpu")[1]
     for how, fields in {
         "fused": {"range_mode": "static", "out_bound": 1.0},
         "prepared operands, torch.mm": {"noise_std": 0.1},
         "int8": {"range_mode": "static", "inp_res": 254.0, "weight_states": 254.0},
     }.items():
-        assert dispatch.chosen(*on_device, spec(**fields)) == f"triton: {how}"
+        assert dispatch.chosen(w.to(DEVICE), spec(**fields)) == f"triton: {how}"
     kernels.use("auto")
-    assert dispatch.chosen(x, w, spec()) == "torch: the tensors are on cpu, not on a CUDA device"
+    assert dispatch.chosen(w, spec()) == "torch: the tensors are on cpu, not on a CUDA device"
     kernels.use("reference")
-    assert dispatch.chosen(x, w, spec()) == "torch: it was asked for"
+    assert dispatch.chosen(w, spec()) == "torch: it was asked for"
+
+
+def test_a_report_says_what_computes_each_site():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Flatten(), nn.Linear(12, 4)).to(DEVICE)
+    analog = analogfx.analogize(model, CONFIGS["DAC and ADC"])
+    placed = analogfx.report(analog)
+    assert placed.kernels == {
+        "0": "torch: a convolution runs through torch's own",
+        "2": "triton: fused",
+    }
+    assert str(placed).splitlines()[-2:] == [
+        "1 computed by torch: a convolution runs through torch's own",
+        "1 computed by triton: fused",
+    ]
+    kernels.use("reference")
+    assert analogfx.report(analog).to_dict()["kernels"]["2"] == "torch: it was asked for"
 
 
 def test_triton_needs_the_interpreter_on_the_cpu(monkeypatch):
