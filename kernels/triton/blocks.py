@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    """Of a thread. Left alone, ptxas spills a register or two for one more program at a time."""
+    """Of a thread, where ptxas would spill a register or two for one more program at a time."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -78,7 +78,7 @@ TABLE: dict[tuple[str, str], dict[torch.dtype, Blocks]] = {
     # One accumulator: g^T x, outputs by inputs, summed over rows.
     ("weight", "many"): _half_and_float(Blocks(64, 128, 128, 8, 3), Blocks(32, 64, 64, 8, 3, 255)),
     ("weight, unaligned", "many"): _half_and_float(
-        Blocks(64, 64, 128, 8, 3), Blocks(32, 64, 64, 8, 3, 255)
+        Blocks(64, 64, 128, 8, 3), Blocks(32, 64, 64, 4, 3)
     ),
     # The same with a learned clip, whose gradient is taken from the block and the weights.
     ("clip", "many"): _half_and_float(Blocks(64, 64, 64, 8, 3, 255), Blocks(32, 64, 32, 8, 3, 255)),
