@@ -34,7 +34,7 @@ def without_draws(file: Path) -> Path:
         nodes = list(_silenced(part.node))
         del part.node[:]
         part.node.extend(nodes)
-    silent = file.with_name(f"silent-{file.name}")
+    silent = file.with_name("silent.onnx")
     silent.write_bytes(model.SerializeToString())
     return silent
 

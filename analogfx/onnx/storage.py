@@ -60,7 +60,7 @@ def write(model: ir.Model, target: Path, accept: Callable[[Path], None]) -> None
     data = f"{target.name}.{secrets.token_hex(4)}.data" if size > _INLINE_LIMIT else None
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
-            file = Path(scratch, target.name)
+            file = Path(scratch, "model.onnx")
             ir.save(
                 model,
                 file,

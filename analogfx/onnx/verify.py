@@ -185,7 +185,7 @@ def _values(file: Path, inputs: Sequence[Tensor], names: set[str]) -> dict[str, 
     found = dict(zip((place.name for place in model.graph.input), map(host, inputs), strict=True))
     known = {*found, *(place.name for place in model.graph.output)}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names - known))
-    opened = file.with_name(f"opened-{file.name}")
+    opened = file.with_name("opened.onnx")
     opened.write_bytes(model.SerializeToString())
     outputs = [place.name for place in model.graph.output]
     return found | dict(zip(outputs, load(opened)(inputs), strict=True))

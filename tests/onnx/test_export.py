@@ -14,6 +14,7 @@ import analogfx
 from analogfx import analogize, export_onnx, load_onnx_sites
 from analogfx.errors import OnnxError
 from analogfx.onnx import operators, runtimes, storage, verify
+from analogfx.program import explicit_level
 
 
 def run(path, *inputs):
@@ -193,13 +194,32 @@ class BiasGiven(nn.Module):
         return nn.functional.linear(x, self.w, b)
 
 
+class OfConstant(nn.Module):
+    """A product of a constant beside one of an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(4, 5)
+        self.register_buffer("constant", torch.randn(3, 4))
+
+    def forward(self, x):
+        return self.first(x), self.second(self.constant)
+
+
+def test_a_product_of_a_constant_is_checked_like_others(tmp_path):
+    x = torch.randn(3, 4)
+    analog = cases.analog(OfConstant, cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), tmp_path / "m")
+    assert len(load_onnx_sites(tmp_path / "m").sites) == 2
+
+
 def test_a_bias_is_a_constant_if_it_can_be(tmp_path):
     x, path = torch.randn(2, 4), tmp_path / "model.onnx"
     analog = cases.analog(Biased, cases.CONFIGS["afm"], x)
     export_onnx(analog, (x,), path)
     (site,) = load_onnx_sites(path).sites
     np.testing.assert_array_equal(site.array("bias"), 2 * analog.b.detach().numpy())
-    b = torch.randn(5)
+    b = torch.randn(5)  # added digitally
     analog = cases.analog(BiasGiven, cases.CONFIGS["afm"], x, b)
     export_onnx(analog, (x, b), path)
     assert "bias" not in load_onnx_sites(path).sites[0].tensors
@@ -614,3 +634,10 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch)
         OnnxError, match=r"onnx, onnxscript, onnxruntime: pip install 'analogfx\[onnx"
     ):
         export_onnx(cases.mlp(), (torch.randn(1, 12),), tmp_path / "m")
+
+
+def test_a_chain_that_is_not_fused_is_named(tmp_path):
+    x = torch.randn(4, 12)
+    analog = cases.analog(cases.mlp, cases.CONFIGS["afm"], x)
+    with explicit_level(), pytest.raises(OnnxError, match=r"0: 0 of its 1 analog products are fus"):
+        export_onnx(analog, (x,), tmp_path / "m")
