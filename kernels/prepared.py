@@ -7,7 +7,7 @@ input, and the ADC, bias, activation and residual with one another. The numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def prepare(weight: Tensor, clip: Tensor | None, spec: str) -> tuple[Tensor, Ten
     Returns:
         The weights as the tiles hold them, in weight's shape and the precision of the
         computation; and the scale of every output's ADC bound, (k, O) for k tiles along the
-        inputs, without elements where there is no bound.
+        inputs, without elements where there is no bound. See :func:`limits`.
     """
     site = decode(MVMSpec, spec)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
@@ -57,32 +57,57 @@ def prepare(weight: Tensor, clip: Tensor | None, spec: str) -> tuple[Tensor, Ten
         return held, torch.stack(bounds)
 
 
+def limits(bound_scale: Tensor, input_range: Tensor, spec: str) -> Tensor:
+    """What limits the outputs where no range depends on the input.
+
+    Args:
+        bound_scale: (k, O), what :func:`prepare` returned.
+        input_range: (k,).
+        spec: the site's :class:`MVMSpec`, encoded.
+
+    Returns:
+        The bound of every output's ADC and, where it rounds, its step: (1 or 2, k, O).
+    """
+    site = decode(MVMSpec, spec)
+    bound = ref.adc_bound(input_range.unsqueeze(-1), bound_scale, site.out_bound)
+    return torch.stack(_limits(bound, site))
+
+
+def _limits(bound: Tensor, spec: MVMSpec) -> tuple[Tensor, ...]:
+    if not spec.out_res:
+        return (bound,)
+    step = ref.step_of(bound, spec.out_res)
+    return bound, torch.where(step == 0, 1.0, step)
+
+
 def no_bias(weight: Tensor) -> Tensor:
     """Zeros for the outputs of a site without a bias, (O,)."""
     return weight.new_zeros(weight.shape[0])
 
 
 def convert(x: Tensor, input_range: Tensor | None, spec: str) -> Tensor:
-    """The inputs of one linear product behind the DAC, in the precision of the computation.
+    """The inputs of one product behind the DAC, in the precision of the computation.
 
     Args:
-        x: (..., I).
+        x: (..., I), or of any shape for a site of one tile.
         input_range: (k,), None where it is dynamic or there is none.
         spec: the site's :class:`MVMSpec`, encoded.
     """
     site = decode(MVMSpec, spec)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        if len(site.in_sizes) == 1:
+            return _converted(x, _range(x, input_range, 0, site), site)
         parts = [
             _converted(x[..., s], _range(x[..., s], input_range, t, site), site)
             for t, s in tiles(site.in_sizes)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1)
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
-    bound_scale: Tensor | None,
+    adc: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     input_range: Tensor | None,
@@ -93,7 +118,9 @@ def linear(
 
     Args:
         x: (..., groups * I), raw.
-        weight, bound_scale: what :func:`prepare` returned; no scale where there is no bound.
+        weight: what :func:`prepare` returned.
+        adc: what :func:`limits` returned; where the range is dynamic the scale of the bounds;
+            None where there is no bound.
         bias: (O,) or None.
         residual: added last, None for nothing.
         input_range: (k,), None where it is dynamic or there is none.
@@ -115,8 +142,7 @@ def linear(
                 tile_x = grouped(analog_x, site.groups, -1)[..., s]
             y = _product(tile_x, w[..., s])
             if site.out_bound:
-                assert r is not None and bound_scale is not None
-                y = _adc(y, r, grouped(bound_scale[t], site.groups, 0), site)
+                y = _adc(y, [grouped(v, site.groups, 0) for v in _of_tile(adc, t, site)], r, site)
             total = y if total is None else total + y
         assert total is not None
         total = total if site.groups == 1 else total.flatten(-2)
@@ -126,10 +152,11 @@ def linear(
 def conv(
     x: Tensor,
     weight: Tensor,
-    bound_scale: Tensor | None,
+    adc: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     input_range: Tensor | None,
+    analog_x: Tensor | None,
     window: str,
     spec: str,
 ) -> Tensor:
@@ -146,10 +173,10 @@ def conv(
     axes = (-1, *[1] * (x.dim() - 2))
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         r = None if input_range is None else input_range[0]
-        y = image.convolve(_converted(x, r, site), weight, geometry, site.groups)
+        analog_x = _converted(x, r, site) if analog_x is None else analog_x
+        y = image.convolve(analog_x, weight, geometry, site.groups)
         if site.out_bound:
-            assert r is not None and bound_scale is not None
-            y = _adc(y, r, bound_scale[0].view(axes), site)
+            y = _adc(y, [v.view(axes) for v in _of_tile(adc, 0, site)], r, site)
         return _finish(y, None if bias is None else bias.view(axes), residual, x, site)
 
 
@@ -180,12 +207,20 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
     return product(x.reshape(-1, *x.shape[-2:]), w).view(*x.shape[:-1], w.shape[-2])
 
 
-def _adc(y: Tensor, r: Tensor, a: Tensor, spec: MVMSpec) -> Tensor:
+def _of_tile(adc: Tensor | None, tile: int, spec: MVMSpec) -> tuple[Tensor, ...]:
+    """The limits of one tile's outputs, each (O,), or their scale where the range is dynamic."""
+    assert adc is not None
+    return (adc[tile],) if spec.range_mode == "dynamic" else adc[:, tile].unbind()
+
+
+def _adc(y: Tensor, limits: Sequence[Tensor], r: Tensor | None, spec: MVMSpec) -> Tensor:
     """``reference.adc_`` and the bound, in ops that a compiler can trace."""
-    bound = ref.adc_bound(r, a, spec.out_bound)
-    if spec.out_res:
-        step = ref.step_of(bound, spec.out_res)
-        y = _round(y, torch.where(step == 0, 1.0, step))
+    if spec.range_mode == "dynamic":
+        assert r is not None
+        limits = _limits(ref.adc_bound(r, limits[0], spec.out_bound), spec)
+    bound, *steps = limits
+    for step in steps:
+        y = _round(y, step)
     return torch.clamp(y, -bound, bound)
 
 

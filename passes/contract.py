@@ -188,5 +188,6 @@ def sweep(graph: Graph) -> None:
     """
     for node in reversed(list(graph.nodes)):
         ours = "stationary" in node.meta or node.meta.get("made", (None, "store"))[1] != "store"
-        if ours and not node.users and node.op != "placeholder":
+        kept = node.meta.get("frozen")  # which may have been compared with another value
+        if ours and not kept and not node.users and node.op != "placeholder":
             graph.erase_node(node)

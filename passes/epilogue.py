@@ -12,7 +12,13 @@ from torch.fx import Graph, Node
 
 from analogfx.kernels.spec import encode
 from analogfx.passes.contract import Context
-from analogfx.passes.sites import RESIDUAL, fence_between, prepared_sites, spec_of
+from analogfx.passes.sites import (
+    RESIDUAL,
+    fence_between,
+    note_not_prepared,
+    prepared_sites,
+    spec_of,
+)
 
 _SUMS = {operator.add, torch.add, "add"}
 _SUMS_IN_PLACE = {operator.iadd, "add_"}
@@ -28,29 +34,46 @@ def epilogue(graph: Graph, context: Context) -> int:
     Returns:
         The number of nodes taken in.
     """
+    note_not_prepared(graph, context, "epilogue")
     return sum(_absorb(graph, node, context) for node in prepared_sites(graph))
 
 
 def _absorb(graph: Graph, node: Node, context: Context) -> int:
     count = 0
-    while len(node.users) == 1 and node.args[RESIDUAL] is None:  # nothing follows a residual
+    while node.args[RESIDUAL] is None:  # nothing follows a residual
+        reason = _objection(node)
+        if reason:
+            if not count:
+                context.note("epilogue", node, reason)
+            break
         (user,) = node.users
-        spec, activation, residual = spec_of(node), _activation(user), _addend(user, node)
-        if not (activation and not spec.activation) and residual is None:
-            break
-        fence = fence_between(node, user)
-        if fence is not None:
-            context.note("epilogue", user, f"{fence.name} stands between")
-            break
+        residual = _addend(user, node)
         if residual is not None:
             node.update_arg(RESIDUAL, residual)
         else:
-            node.update_arg(len(node.args) - 1, encode(spec._replace(activation=activation)))
+            last = encode(spec_of(node)._replace(activation=_activation(user)))
+            node.update_arg(len(node.args) - 1, last)
         user.prepend(node)  # a residual may be computed after the product
         user.replace_all_uses_with(node)
         graph.erase_node(user)
         count += 1
     return count
+
+
+def _objection(node: Node) -> str:
+    """Why what follows a site is not its last step; empty if it is."""
+    if len(node.users) != 1:
+        return f"{len(node.users)} nodes read its output"
+    (user,) = node.users
+    if user.op == "output":
+        return "nothing follows"
+    if user.target is torch.split:
+        return "several sites are joined in it, and its output is split"
+    taken = _activation(user) and not spec_of(node).activation
+    if not taken and _addend(user, node) is None:
+        return f"{user.name} follows, which is no activation or residual that sites know"
+    fence = fence_between(node, user)
+    return "" if fence is None else f"{fence.name} stands between"
 
 
 def _activation(node: Node) -> str:

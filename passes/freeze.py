@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from analogfx.kernels import patches, prepared
+from analogfx import ops
+from analogfx.kernels import dispatch, patches, prepared
 from analogfx.kernels.spec import encode
 from analogfx.passes.contract import Context, sweep
 from analogfx.passes.sites import FusedSite, fused_sites, raw_input, switches_mode
-from analogfx.passes.stationary import propagate_stationary
+from analogfx.passes.stationary import propagate_stationary, without_cast
 
 
 def freeze(graph: Graph, context: Context) -> int:
@@ -30,12 +31,13 @@ def freeze(graph: Graph, context: Context) -> int:
     """
     propagate_stationary(graph)
     count = 0
+    ready: dict[Any, Node] = {}
     for site in fused_sites(graph):
         reason = _objection(site, context)
         if reason:
             context.note("freeze", site.node, reason)
             continue
-        _prepare(graph, site)
+        _prepare(graph, site, ready)
         count += 1
     sweep(graph)
     return count
@@ -48,12 +50,37 @@ def _objection(site: FusedSite, context: Context) -> str:
     _, weight, bias, input_range, clip, seed, *_ = site.node.args
     if seed is not None or site.spec.keep:
         return "the site is in training mode"
+    if _served_by_kernels(site):
+        return "the Triton kernels serve it as one op"
     if any(map(switches_mode, site.node.graph.nodes)):
         return "the graph switches autocast or gradients on or off"
     for operand in (weight, bias, input_range, clip):
         if isinstance(operand, Node) and not is_frozen(operand):
             return f"{operand.name} is not computed from weights alone, or not always the same"
     return ""
+
+
+def _served_by_kernels(site: FusedSite) -> bool:
+    """Whether a site that stays one op runs in the Triton kernels; a prepared one never does.
+
+    Raises:
+        KernelError: they were asked for and refuse.
+    """
+    x, weight = (ops.autocast(_example(n)) for n in site.node.args[:2])
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return False
+    if site.is_conv:
+        return dispatch.serves(dispatch.refused_convolution(x))
+    return dispatch.serves(dispatch.refusal(x, weight, site.spec))
+
+
+def _example(operand: Any) -> Any:
+    """A stand-in for what a site's operand was before casts and checks, if there is one."""
+    raw = without_cast(raw_input(operand))
+    if raw.target is patches.with_batch:
+        raw = raw_input(raw.args[0])
+    value = raw.meta.get("example_value")
+    return raw.meta.get("stationary") if value is None else value
 
 
 def is_frozen(node: Node) -> bool:
@@ -75,26 +102,49 @@ def _is_random(node: Node) -> bool:
     return any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
 
 
-def _prepare(graph: Graph, site: FusedSite) -> None:
+def _prepare(graph: Graph, site: FusedSite, ready: dict[Any, Node]) -> None:
+    """Take a site apart.
+
+    Args:
+        ready: what was prepared so far, by weight and scalars: a weight may serve several sites.
+    """
     x, weight, bias, input_range, clip, _, *texts = site.node.args
     spec = encode(site.spec)
+    key = _recipe(weight), _recipe(clip), spec
     with graph.inserting_before(site.node):
-        ready = graph.call_function(prepared.prepare, (weight, clip, spec))
-        held = graph.call_function(operator.getitem, (ready, 0))
-        scale = graph.call_function(operator.getitem, (ready, 1)) if site.spec.out_bound else None
-        operands = (x, held, scale, bias, None, input_range)
-        if site.is_conv:
-            y = graph.call_function(prepared.conv, (*operands, *texts))
-        else:
-            y = graph.call_function(prepared.linear, (*operands, None, *texts))
+        if key not in ready:
+            ready[key] = graph.call_function(prepared.prepare, (weight, clip, spec))
+        held = _result(ready[key], 0)
+        adc = _result(ready[key], 1) if site.spec.out_bound else None
+        if adc is not None and site.spec.range_mode != "dynamic":
+            adc = graph.call_function(prepared.limits, (adc, input_range, spec))
+        operands = (x, held, adc, bias, None, input_range, None)
+        target = prepared.conv if site.is_conv else prepared.linear
+        y = graph.call_function(target, (*operands, *texts))
     y.meta |= site.y.meta
-    for node in (ready, held, scale, bias, input_range):
+    for node in (held, adc, bias, input_range):
         keep(graph, node)
     site.y.replace_all_uses_with(y)
     graph.erase_node(site.y)
     graph.erase_node(site.node)
     if site.is_conv and isinstance(x, Node) and x.target is patches.with_batch:
         _unwrap_batch(y, x)
+
+
+def _recipe(operand: Any) -> str:
+    """How an operand is computed, as a text that is the same for what is computed alike."""
+    if not isinstance(operand, Node):
+        return repr(operand)
+    raw = raw_input(operand)
+    return repr((str(raw.target), torch.fx.node.map_arg((raw.args, raw.kwargs), _recipe)))
+
+
+def _result(node: Node, number: int) -> Node:
+    """One of a node's results, taken once."""
+    for user in node.users:
+        if user.args[1] == number:
+            return user
+    return node.graph.call_function(operator.getitem, (node, number))
 
 
 def _unwrap_batch(y: Node, x: Node) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch.fx import Graph
 
 from analogfx.passes.contract import Context, Decision
+from analogfx.passes.convert_once import convert_once
 from analogfx.passes.epilogue import epilogue
 from analogfx.passes.freeze import freeze
 from analogfx.passes.insert import insert
@@ -16,6 +17,7 @@ from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
 from analogfx.passes.share_input import share_input
 from analogfx.passes.skip_conversion import skip_conversion
+from analogfx.passes.skip_dropout import skip_dropout
 from analogfx.passes.skip_identity import skip_identity
 
 Pass = Callable[[Graph, Context], int]
@@ -27,7 +29,15 @@ FUSED: tuple[Pass, ...] = (lower,)
 """From one node for every role to one op for every site."""
 
 
-WHOLE_GRAPH: tuple[Pass, ...] = (skip_identity, freeze, share_input, epilogue, skip_conversion)
+WHOLE_GRAPH: tuple[Pass, ...] = (
+    skip_identity,
+    skip_dropout,
+    freeze,
+    share_input,
+    convert_once,
+    epilogue,
+    skip_conversion,
+)
 """What only a whole model's graph allows, for a compiler."""
 
 

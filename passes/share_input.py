@@ -1,8 +1,8 @@
-"""share_input: sites that read one activation the same way share one DAC and one product.
+"""share_input: sites that read one activation the same way share one product.
 
 Q, K and V of an attention, gate and up of a feed-forward: their weights become tiles along the
 outputs of one wider product, whose result is split. Sites whose inputs are converted alike but
-whose outputs are not share the DAC alone.
+whose outputs are not share the DAC alone, see ``convert_once``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import torch
 from torch.fx import Graph, Node
 
 from analogfx.kernels import prepared
-from analogfx.kernels.spec import MVMSpec, encode
-from analogfx.passes.contract import Context
+from analogfx.kernels.spec import encode
+from analogfx.passes.contract import Context, sweep
 from analogfx.passes.freeze import keep
 from analogfx.passes.sites import (
+    ADC,
     ANALOG_X,
     BIAS,
     RANGE,
     RESIDUAL,
-    SCALE,
     WEIGHT,
     X,
     fence_between,
+    note_not_prepared,
     prepared_sites,
     raw_input,
     spec_of,
@@ -36,26 +37,18 @@ def share_input(graph: Graph, context: Context) -> int:
     """Join prepared linear sites that read the same input.
 
     Returns:
-        The number of sites that gave up a DAC or a product of their own.
+        The number of sites that gave up a product of their own.
     """
-    count = 0
-    for group in _groups(graph, context):
-        joined: dict[Any, list[Node]] = {}
-        for node in group:
-            joined.setdefault(_outputs_like(spec_of(node)), []).append(node)
-        alone = [nodes[0] for nodes in joined.values() if len(nodes) == 1]
-        for nodes in joined.values():
-            if len(nodes) > 1:
-                alone.append(_join(graph, nodes))
-                count += len(nodes) - 1
-        if len(alone) > 1 and spec_of(alone[0]).inp_res:
-            _share_dac(graph, sorted(alone))
-            count += len(alone) - 1
-    return count
+    note_not_prepared(graph, context, "share_input")
+    groups = _groups(graph, context)
+    for nodes in groups:
+        _join(graph, nodes)
+    sweep(graph)
+    return sum(len(nodes) - 1 for nodes in groups)
 
 
 def _groups(graph: Graph, context: Context) -> list[list[Node]]:
-    """Sites that convert one input in one way, two or more of them together."""
+    """Sites that read one input in one way and end alike, two or more of them together."""
     groups: list[list[Node]] = []
     for node in prepared_sites(graph):
         spec = spec_of(node)
@@ -78,34 +71,31 @@ def _groups(graph: Graph, context: Context) -> list[list[Node]]:
 
 
 def _difference(first: Node, second: Node, context: Context) -> str:
-    """What keeps two sites from sharing a DAC; empty if nothing does."""
+    """What keeps two sites from being rows of tiles side by side; empty if nothing does."""
     a, b = spec_of(first), spec_of(second)
     if (a.range_mode, a.inp_res, a.in_sizes) != (b.range_mode, b.inp_res, b.in_sizes):
         return "another resolution, range mode or cut of the inputs"
+    if (a.out_bound, a.out_res) != (b.out_bound, b.out_res):
+        return "another resolution or bound of the outputs"
     ranges: tuple[Any, Any] = (first.args[RANGE], second.args[RANGE])
     if None not in ranges and not context.same_value(*ranges):
         return "another range"
     return ""
 
 
-def _outputs_like(spec: MVMSpec) -> tuple[Any, ...]:
-    """What sites must have in common to be rows of tiles side by side."""
-    return (spec.out_bound, spec.out_res)
-
-
-def _join(graph: Graph, nodes: list[Node]) -> Node:
+def _join(graph: Graph, nodes: list[Node]) -> None:
     """One wider product for several, split after."""
     specs = [spec_of(node) for node in nodes]
     sizes = [sum(spec.out_sizes) for spec in specs]
     first = nodes[0]
     with graph.inserting_before(first):
         weight = _beside(graph, nodes, WEIGHT, 0)
-        scale = _beside(graph, nodes, SCALE, 1) if specs[0].out_bound else None
+        adc = _beside(graph, nodes, ADC, -1) if specs[0].out_bound else None
         bias = _biases(graph, nodes)
-        for node in (weight, scale, bias):
+        for node in (weight, adc, bias):
             keep(graph, node)
         spec = specs[0]._replace(out_sizes=[size for s in specs for size in s.out_sizes])
-        inputs = (first.args[X], weight, scale, bias, None, first.args[RANGE], None)
+        inputs = (first.args[X], weight, adc, bias, None, first.args[RANGE], None)
         wide = graph.call_function(prepared.linear, (*inputs, encode(spec)))
         parts = graph.call_function(torch.split, (wide, sizes, -1))
         for number, node in enumerate(nodes):
@@ -114,7 +104,6 @@ def _join(graph: Graph, nodes: list[Node]) -> Node:
             node.replace_all_uses_with(part)
     for node in nodes:
         graph.erase_node(node)
-    return wide
 
 
 def _beside(graph: Graph, nodes: list[Node], argument: int, axis: int) -> Node:
@@ -130,14 +119,3 @@ def _biases(graph: Graph, nodes: list[Node]) -> Node | None:
         for node, b in zip(nodes, biases, strict=True)
     ]
     return graph.call_function(torch.cat, (filled,))
-
-
-def _share_dac(graph: Graph, nodes: list[Node]) -> None:
-    """Convert the input once, before the first of several products."""
-    first = nodes[0]
-    with graph.inserting_before(first):
-        analog_x = graph.call_function(
-            prepared.convert, (first.args[X], first.args[RANGE], first.args[-1])
-        )
-    for node in nodes:
-        node.update_arg(ANALOG_X, analog_x)

@@ -12,15 +12,16 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
 from analogfx import ops
-from analogfx.kernels import prepared
+from analogfx.kernels import patches, prepared
 from analogfx.kernels.spec import MVMSpec, decode
+from analogfx.passes.contract import Context
 from analogfx.passes.stationary import writes
 
 _LINEAR = torch.ops.analogfx.analog_linear.default
 _CONV = torch.ops.analogfx.analog_conv.default
 
-# Positions in the arguments of the prepared products; a convolution has those up to the range.
-X, WEIGHT, SCALE, BIAS, RESIDUAL, RANGE, ANALOG_X = range(7)
+# Positions in the arguments of the prepared products.
+X, WEIGHT, ADC, BIAS, RESIDUAL, RANGE, ANALOG_X = range(7)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def prepared_sites(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.target in (prepared.linear, prepared.conv)]
 
 
+def note_not_prepared(graph: Graph, context: Context, decided_by: str) -> None:
+    """Say of every fused site that a pass over prepared ones has nothing to do with it."""
+    for site in fused_sites(graph):
+        context.note(decided_by, site.node, "its weights are not prepared: see freeze")
+
+
 def spec_of(node: Node) -> MVMSpec:
     """The scalars of a fused or prepared site: its last argument."""
     text: Any = node.args[-1]
@@ -62,6 +69,19 @@ def raw_input(x: Any) -> Any:
     while isinstance(x, Node) and x.target in (ops.autocast, ops.checked):
         x = x.args[0]
     return x
+
+
+_RESHAPES = {
+    "reshape", "flatten", "unflatten", "contiguous", "transpose", "permute", "unsqueeze", "squeeze",
+    torch.flatten, torch.reshape, torch.transpose, torch.permute, patches.with_batch,
+}  # fmt: skip
+
+
+def is_reshape(node: Node) -> bool:
+    """Whether a call gives the same numbers in another shape, and not their bits otherwise."""
+    if node.target == "view":
+        return not any(isinstance(a, torch.dtype) for a in node.args)
+    return node.target in _RESHAPES
 
 
 def fence_between(first: Node, last: Node) -> Node | None:

@@ -1,7 +1,4 @@
-"""skip_conversion: a DAC does not do again what its input has been through.
-
-Behind a relu a clamp needs its upper side alone.
-"""
+"""skip_conversion: behind a relu the clamp of a DAC needs its upper side alone."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from analogfx.kernels import patches, prepared
+from analogfx.kernels import prepared
 from analogfx.kernels.spec import encode
 from analogfx.passes.contract import Context
 from analogfx.passes.sites import (
     ANALOG_X,
     RESIDUAL,
     fence_between,
+    is_reshape,
+    note_not_prepared,
     prepared_sites,
     raw_input,
     spec_of,
@@ -27,11 +26,7 @@ _NONNEGATIVE = {
     F.relu, torch.relu, torch.relu_, "relu", "relu_", F.relu6, torch.sigmoid, "sigmoid",
     F.softmax, torch.softmax, "softmax", torch.abs, "abs",
 }  # fmt: skip
-_ORDER_KEEPING = {
-    "reshape", "flatten", "contiguous", "transpose", "permute", "unsqueeze", "squeeze",
-    torch.flatten, torch.reshape, torch.transpose, torch.permute, F.max_pool1d, F.max_pool2d,
-    F.max_pool3d, F.avg_pool2d, F.adaptive_avg_pool2d, patches.with_batch,
-}  # fmt: skip
+_POOLS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool2d, F.adaptive_avg_pool2d}
 
 
 def skip_conversion(graph: Graph, context: Context) -> int:
@@ -40,11 +35,10 @@ def skip_conversion(graph: Graph, context: Context) -> int:
     Returns:
         The number of DACs that clamp one side only.
     """
-    linear = [n for n in prepared_sites(graph) if n.target is prepared.linear]
+    note_not_prepared(graph, context, "skip_conversion")
     dacs = [
         *graph.find_nodes(op="call_function", target=prepared.convert),
-        *(n for n in linear if n.args[ANALOG_X] is None),
-        *graph.find_nodes(op="call_function", target=prepared.conv),
+        *(n for n in prepared_sites(graph) if n.args[ANALOG_X] is None),
     ]
     return sum(_one_side(node, context) for node in dacs)
 
@@ -68,7 +62,7 @@ def _one_side(node: Node, context: Context) -> bool:
 def _nonnegative_source(x: Any) -> Node | None:
     """The node that keeps an input from being below 0, if there is one."""
     x = raw_input(x)
-    while isinstance(x, Node) and (x.target in _ORDER_KEEPING or _is_reshape(x)):
+    while isinstance(x, Node) and (x.target in _POOLS or is_reshape(x)):
         x = raw_input(x.args[0])
     if not isinstance(x, Node):
         return None
@@ -76,8 +70,3 @@ def _nonnegative_source(x: Any) -> Node | None:
         bare = spec_of(x).activation == "relu" and x.args[RESIDUAL] is None
         return x if bare else None
     return x if x.target in _NONNEGATIVE else None
-
-
-def _is_reshape(node: Node) -> bool:
-    """Whether a call is a view of the same numbers, and not of their bits as another dtype."""
-    return node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args)

@@ -13,7 +13,8 @@ from analogfx.errors import ConfigError
 
 EVERY_PASS = [
     "normalize", "select", "insert", "map_tiles", "lower",
-    "skip_identity", "freeze", "share_input", "epilogue", "skip_conversion",
+    "skip_identity", "skip_dropout", "freeze", "share_input", "convert_once", "epilogue",
+    "skip_conversion",
 ]  # fmt: skip
 
 

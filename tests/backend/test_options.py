@@ -16,7 +16,8 @@ def test_defaults():
     options = parse(None)
     assert (options.freeze, options.report, options.compiler) == (True, False, "inductor")
     assert [p.__name__ for p in options.pipeline()] == [
-        "skip_identity", "freeze", "share_input", "epilogue", "skip_conversion",
+        "skip_identity", "skip_dropout", "freeze", "share_input", "convert_once", "epilogue",
+        "skip_conversion",
     ]  # fmt: skip
 
 

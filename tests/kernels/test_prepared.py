@@ -5,6 +5,7 @@ from samples import LAYERS, TILES, layer_and_input, merged
 from whole_graph import Case, set_ranges
 
 from analogfx.kernels import prepared
+from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.passes.freeze import freeze
 
@@ -89,24 +90,30 @@ def operands():
     return draw(7, 8), draw(6, 8), draw(6), torch.tensor([0.8, 1.1])
 
 
+def ready(weight, ranges, spec=SPEC, clip=None):
+    """A weight as the tiles hold it, and what limits their outputs."""
+    held, scale = prepared.prepare(weight, clip, encode(spec))
+    return held, prepared.limits(scale, ranges, encode(spec))
+
+
 def test_an_input_that_was_converted_before_is_not_again():
     x, weight, bias, ranges = operands()
     spec = encode(SPEC)
-    held, scale = prepared.prepare(weight, None, spec)
+    held, adc = ready(weight, ranges)
     once = prepared.convert(x, ranges, spec)
     assert once.abs().amax(0)[:4].max() == 0.8
-    direct = prepared.linear(x, held, scale, bias, None, ranges, None, spec)
-    assert_same_bits(prepared.linear(x, held, scale, bias, None, ranges, once, spec), direct)
+    direct = prepared.linear(x, held, adc, bias, None, ranges, None, spec)
+    assert_same_bits(prepared.linear(x, held, adc, bias, None, ranges, once, spec), direct)
 
 
 @pytest.mark.parametrize("activation", prepared.ACTIVATIONS)
 def test_the_last_steps_come_in_the_models_order(activation):
     x, weight, bias, ranges = operands()
-    held, scale = prepared.prepare(weight, None, encode(SPEC))
+    held, adc = ready(weight, ranges)
     residual = torch.linspace(-1, 1, 42, dtype=torch.float64).view(7, 6)
-    plain = prepared.linear(x, held, scale, bias, None, ranges, None, encode(SPEC))
+    plain = prepared.linear(x, held, adc, bias, None, ranges, None, encode(SPEC))
     whole = prepared.linear(
-        x, held, scale, bias, residual, ranges, None, encode(SPEC._replace(activation=activation))
+        x, held, adc, bias, residual, ranges, None, encode(SPEC._replace(activation=activation))
     )
     assert_same_bits(whole, prepared.ACTIVATIONS[activation](plain) + residual)
     assert whole.dtype == torch.float64  # as the sum of the model would be
@@ -114,10 +121,10 @@ def test_the_last_steps_come_in_the_models_order(activation):
 
 def test_one_side_of_the_clamp_is_enough_for_what_is_not_negative():
     x, weight, _, ranges = operands()
-    held, scale = prepared.prepare(weight, None, encode(SPEC))
+    held, adc = ready(weight, ranges)
     x = x.relu()
     both, one = (
-        prepared.linear(x, held, scale, None, None, ranges, None, encode(spec))
+        prepared.linear(x, held, adc, None, None, ranges, None, encode(spec))
         for spec in (SPEC, SPEC._replace(nonnegative=True))
     )
     assert_same_bits(one, both)
@@ -127,12 +134,10 @@ def test_one_side_of_the_clamp_is_enough_for_what_is_not_negative():
 def test_nothing_is_cast_under_autocast():
     x, weight, bias, ranges = operands()
     spec = encode(SPEC)
-    expected = prepared.linear(
-        x, *prepared.prepare(weight, None, spec), bias, None, ranges, None, spec
-    )
+    expected = prepared.linear(x, *ready(weight, ranges), bias, None, ranges, None, spec)
     with torch.autocast("cpu", torch.bfloat16):
-        held, scale = prepared.prepare(weight, None, spec)
-        found = prepared.linear(x, held, scale, bias, None, ranges, None, spec)
+        held, adc = ready(weight, ranges)
+        found = prepared.linear(x, held, adc, bias, None, ranges, None, spec)
     assert_same_bits(found, expected)
 
 
@@ -148,3 +153,28 @@ def test_a_learned_clip_scales_the_bounds():
     held, scale = prepared.prepare(weight, clip, encode(SPEC._replace(bound_per_channel=True)))
     assert held.abs().max() == 0.5
     assert_same_bits(scale, clip)
+
+
+@pytest.mark.parametrize("out_res", [0.0, 61.0])
+def test_limits_are_the_bound_and_the_step_of_every_output(out_res):
+    _, weight, _, ranges = operands()
+    with torch.no_grad():
+        weight[0] = 0
+    spec = SPEC._replace(out_res=out_res, bound_per_channel=True)
+    bound, *steps = prepared.limits(weight.abs().amax(-1).expand(2, -1), ranges, encode(spec))
+    assert_same_bits(bound, ranges[:, None] * 1.5 * weight.abs().amax(-1))
+    assert len(steps) == bool(out_res)
+    for step in steps:
+        assert (step[:, 0] == 1).all()  # where nothing comes out, there is nothing to divide by 0
+        assert_same_bits(step[:, 1:], 2 * bound[:, 1:] / out_res)
+
+
+def test_an_image_that_was_converted_before_is_not_again():
+    spec = encode(SPEC._replace(in_sizes=[18], out_sizes=[6]))
+    window = encode(Window([3, 3], [1, 1], [1, 1], [1, 1]))
+    x, weight = torch.randn(2, 2, 5, 7), torch.randn(6, 2, 3, 3)
+    ranges = torch.tensor([0.9])
+    once = prepared.convert(x, ranges, spec)
+    operands = *ready(weight, ranges, SPEC._replace(in_sizes=[18], out_sizes=[6])), None, None
+    given = [prepared.conv(x, *operands, ranges, a, window, spec) for a in (None, once)]
+    assert_same_bits(*given)

@@ -8,9 +8,12 @@ from samples import TILES, merged, product, text
 from whole_graph import Case, set_ranges
 
 from analogfx.kernels import prepared
+from analogfx.passes.convert_once import convert_once
 from analogfx.passes.epilogue import epilogue
 from analogfx.passes.freeze import freeze
+from analogfx.passes.share_input import share_input
 from analogfx.passes.sites import spec_of
+from analogfx.passes.skip_conversion import skip_conversion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,25 +73,48 @@ def two_users(self, x):
     return F.relu(y) + y
 
 
+UNKNOWN = "follows, which is no activation or residual that sites know"
 LEFT = {
-    "two users": two_users,
-    "a scalar": lambda self, x: F.linear(x, self.w) + 1.0,
-    "itself": lambda self, x: (lambda y: y + y)(F.linear(x, self.w)),
-    "a scaled sum": lambda self, x: torch.add(F.linear(x, self.w), x, alpha=2),
-    "activation behind residual": lambda self, x: F.relu((F.linear(x, self.w) + x) * 1),
-    "unknown activation": lambda self, x: torch.tanh(F.linear(x, self.w)),
-    "sum into a tensor": lambda self, x: x.clone().add_(F.linear(x, self.w)),
-    "sum in place, dtype unknown": lambda self, x: F.linear(x, self.w).add_(x),
+    "two users": (two_users, "2 nodes read its output"),
+    "a scalar": (lambda self, x: F.linear(x, self.w) + 1.0, UNKNOWN),
+    "itself": (lambda self, x: (lambda y: y + y)(F.linear(x, self.w)), UNKNOWN),
+    "a scaled sum": (lambda self, x: torch.add(F.linear(x, self.w), x, alpha=2), UNKNOWN),
+    "activation behind residual": (lambda self, x: F.relu((F.linear(x, self.w) + x) * 1), None),
+    "unknown activation": (lambda self, x: torch.tanh(F.linear(x, self.w)), f"tanh {UNKNOWN}"),
+    "sum into a tensor": (lambda self, x: x.clone().add_(F.linear(x, self.w)), UNKNOWN),
+    "sum in place, dtype unknown": (lambda self, x: F.linear(x, self.w).add_(x), UNKNOWN),
+    "nothing": (lambda self, x: F.linear(x, self.w), "nothing follows"),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_no_last_step_stays(name):
-    case = case_of(LEFT[name])
+def test_what_is_no_last_step_stays_and_the_reason_says_so(name):
+    forward, reason = LEFT[name]
+    case = case_of(forward)
     expected = case(X)
     allowed = 1 if name == "activation behind residual" else 0  # the residual itself
     assert case.apply(epilogue) == [allowed]
     assert torch.equal(case(X), expected)
+    if reason is not None:
+        (found,) = case.reasons("epilogue")
+        assert found.endswith(reason)
+
+
+def test_products_that_are_joined_end_apart():
+    def forward(self, x):
+        return F.relu(F.linear(x, self.w)) + F.relu(F.linear(x, self.w, self.b))
+
+    case = case_of(forward)
+    assert case.apply(share_input, epilogue) == [1, 0]
+    (reason,) = case.reasons("epilogue")
+    assert reason == "several sites are joined in it, and its output is split"
+
+
+@pytest.mark.parametrize("rule", [share_input, convert_once, epilogue, skip_conversion])
+def test_what_is_not_prepared_is_said_to_be_not(rule):
+    case = Case(product(TAKEN["both"][0], w=(8, 8), b=(8,)), QUIET)
+    assert case.apply(rule) == [0]
+    assert case.reasons(rule.__name__) == ["its weights are not prepared: see freeze"]
 
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1), (torch.float64, 0)])

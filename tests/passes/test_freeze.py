@@ -7,7 +7,7 @@ from compiled import DYNAMO_CONFIGS, QUIET
 from samples import LAYERS, TILES, layer_and_input, merged, product, text
 from whole_graph import PREPARED, Case, set_ranges
 
-from analogfx.kernels import prepared
+from analogfx.kernels import dispatch, prepared
 from analogfx.kernels.spec import encode
 from analogfx.passes.freeze import freeze, is_frozen
 from analogfx.passes.sites import fused_sites
@@ -89,3 +89,58 @@ def test_only_the_results_that_are_used_are_taken():
     taken = [n.args[1] for n in case.nodes(operator.getitem) if n.args[0].target is
              prepared.prepare]  # fmt: skip
     assert taken == [0]
+
+
+def test_a_weight_that_serves_twice_is_prepared_once():
+    def forward(self, x):
+        return (x @ self.w).relu() @ self.w + x @ self.v
+
+    case = Case(product(forward, w=(8, 8), v=(8, 8)), QUIET)
+    set_ranges(case.analog)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = case(x)
+    assert case.apply(freeze) == [3]
+    assert len(case.nodes(prepared.prepare)) == 2
+    assert torch.equal(case(x), expected)
+
+
+def test_limits_are_kept_unless_the_range_is_dynamic():
+    for name, count in (("DAC and ADC", 1), ("dynamic", 0)):
+        case = Case(layer_and_input("linear")[0], DYNAMO_CONFIGS[name])
+        case.apply(freeze)
+        assert frozen(case).count(prepared.limits) == count
+
+
+@pytest.fixture
+def triton():
+    before = dispatch.use("triton")
+    yield
+    dispatch.use(before)
+
+
+def with_examples(case, x):
+    """What a compiler knows of a graph's inputs."""
+    (node,) = case.graph.find_nodes(op="placeholder")
+    node.meta["example_value"] = x
+    for weight in case.graph.find_nodes(op="get_attr"):
+        weight.meta["example_value"] = getattr(case.analog, weight.target, None)
+    return case
+
+
+@pytest.mark.skipif(dispatch._refused_device(torch.device("cpu")) == "triton is not installed",
+                    reason="the kernels are Triton's")  # fmt: skip
+def test_what_the_kernels_serve_stays_one_op(triton):
+    x = torch.randn(3, 8)
+    module = product(lambda self, x: F.linear(x, self.w), dtype=torch.float32, w=(4, 8))
+    case = with_examples(Case(module, QUIET), x)
+    assert case.apply(freeze) == [0]
+    assert case.reasons("freeze") == ["the Triton kernels serve it as one op"]
+    dispatch.use("auto")
+    assert case.apply(freeze) == [1]  # which serves CUDA tensors alone
+
+
+def test_what_the_kernels_refuse_is_no_torch_under_use_triton(triton):
+    module, image = layer_and_input("conv2d", torch.float32)
+    case = with_examples(Case(module, QUIET), image)
+    with pytest.raises(dispatch.KernelError, match=r'use\("triton"\), but'):
+        case.apply(freeze)

@@ -81,16 +81,23 @@ def test_other_ranges_stay_apart_and_the_reason_says_so():
     assert [why.split(",")[0] for why in case.reasons("share_input")] == ["another range"] * 3
 
 
-def test_sites_with_other_outputs_share_the_dac_alone():
+def test_sites_with_other_outputs_stay_apart():
     case = attention()
     first, *_ = case.nodes(prepared.linear)
     first.update_arg(7, encode(spec_of(first)._replace(out_res=7.0)))
     expected = case(X)
-    assert case.apply(share_input) == [2]  # one product, and one DAC for it and the first
-    assert case.census()[prepared.convert] == 1
+    assert case.apply(share_input) == [1]
     assert case.census()[prepared.linear] == 2
+    assert "another resolution or bound of the outputs" in case.reasons("share_input")[0]
     torch.testing.assert_close(case(X), expected, rtol=1e-12, atol=1e-12)
     assert case.apply(share_input) == [0]
+
+
+def test_nothing_is_left_that_nobody_reads():
+    case = attention()
+    case.apply(share_input)
+    unread = [n for n in case.graph.nodes if not n.users and n.op.startswith("call")]
+    assert unread == []
 
 
 def test_another_cut_of_the_inputs_stays_apart():

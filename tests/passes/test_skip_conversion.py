@@ -7,9 +7,9 @@ from whole_graph import Case, set_ranges
 
 from analogfx.kernels import prepared
 from analogfx.kernels.spec import encode
+from analogfx.passes.convert_once import convert_once
 from analogfx.passes.epilogue import epilogue
 from analogfx.passes.freeze import freeze
-from analogfx.passes.share_input import share_input
 from analogfx.passes.sites import spec_of
 from analogfx.passes.skip_conversion import skip_conversion
 
@@ -60,7 +60,7 @@ def test_a_shared_dac_counts_once():
     case = case_of(lambda self, x: (lambda h: (F.linear(h, self.w), F.linear(h, self.v)))(x.relu()))
     first, _ = case.nodes(prepared.linear)
     first.update_arg(7, encode(spec_of(first)._replace(out_res=7.0)))  # so that they cannot join
-    case.apply(share_input)
+    case.apply(convert_once)
     expected = case(X)
     assert case.apply(skip_conversion) == [1]
     (dac,) = case.nodes(prepared.convert)
