@@ -72,6 +72,15 @@ def test_other_precisions(dtype, tmp_path):
     assert verify.distance(found, analog(x.to(dtype)).detach()) < torch.finfo(dtype).eps
 
 
+def test_a_file_of_bfloat16_that_onnx_runtime_loads(tmp_path):
+    x = torch.randn(2, 3, 5, 5)
+    analog = cases.analog(lambda: nn.Conv2d(3, 4, 3), cases.CONFIGS["int8"], x).bfloat16()
+    path = tmp_path / "m"
+    export_onnx(analog, (x.bfloat16(),), path)
+    onnxruntime.InferenceSession(str(path))
+    assert runtimes.load(path)([x.bfloat16()])[0].dtype == torch.bfloat16
+
+
 # ----------------------------------------------------------------------------- what it holds
 
 
