@@ -71,7 +71,8 @@ def _objection(node: Node) -> str:
         return "several sites are joined in it, and its output is split"
     taken = _activation(user) and not spec_of(node).activation
     if not taken and _addend(user, node) is None:
-        return f"{user.name} follows, which is no activation or residual that sites know"
+        name = user.target if isinstance(user.target, str) else user.target.__name__
+        return f"{name} follows, which is no activation or residual that sites know"
     fence = fence_between(node, user)
     return "" if fence is None else f"{fence.name} stands between"
 
