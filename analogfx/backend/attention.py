@@ -64,8 +64,27 @@ def attend(
     dropout: float = 0.0,
     need_weights: bool = False,
     average_weights: bool = True,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention between projected vectors, (L, E) or (L, N, E), as torch's own computes it."""
+    """Attention between projected vectors, (L, E) or (L, N, E), as torch's own computes it.
+
+    Args:
+        bias_k, bias_v: one more key and its value for every sequence, (1, 1, E).
+        add_zero_attn: whether there is a key of zeros, too.
+    """
+    more = []
+    if bias_k is not None and bias_v is not None:
+        more.append((bias_k.flatten(), bias_v.flatten()))
+    if add_zero_attn:
+        more.append((k.new_zeros(1), v.new_zeros(1)))
+    for key, value in more:
+        k = torch.cat([k, key.expand_as(k[:1])])
+        v = torch.cat([v, value.expand_as(v[:1])])
+    pad = (0, len(more))
+    attn_mask = None if attn_mask is None else F.pad(attn_mask, pad)
+    key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, pad)
     q, k, v = (t.unflatten(-1, (heads, -1)).movedim(0, -2) for t in (q, k, v))
     mask = None
     if attn_mask is not None:
@@ -120,14 +139,19 @@ def _attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """``F.multi_head_attention_forward``; None with the arguments that hardly anybody uses."""
-    if add_zero_attn or any(a is not None for a in (bias_k, bias_v, static_k, static_v)):
+    """``F.multi_head_attention_forward``; None for what no module of torch's asks for.
+
+    That is keys or values that are projected already, and more keys under a causal hint, which
+    torch lets nothing look at.
+    """
+    more = add_zero_attn or bias_k is not None
+    if static_k is not None or static_v is not None or (more and is_causal):
         return None
     separate = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
     q, k, v = _projected(query, key, value, embed_dim, separate, in_weight, in_bias)
     dropout = dropout if training else 0.0
     rest = (attn_mask, key_padding_mask, dropout, need_weights, average_attn_weights)
-    both = _leaf(q, k, v, heads, *rest)
+    both = _leaf(q, k, v, heads, *rest, bias_k, bias_v, add_zero_attn)
     out = F.linear(both[0], out_weight, out_bias)
     return query.tracer.create_proxy("call_function", _pair, (out, both[1]), {})
 

@@ -210,10 +210,14 @@ def warn_of_last_graph() -> None:
     """Warn where Dynamo will run, without a word, what the next call needs digitally."""
     limit = torch._dynamo.config.recompile_limit
     for compiling in itertools.islice(_locals(convert_frame._compile.__code__), 1):
-        if compiling["cache_size"].num_cache_entries + 1 >= limit:
+        try:
+            count, name = compiling["cache_size"].num_cache_entries, compiling["code"].co_name
+        except (KeyError, AttributeError):  # they have other names in this torch
+            return
+        if count + 1 >= limit:
             warnings.warn(
-                f"{compiling['code'].co_name} is compiled for the {limit}th time, the last that "
-                "torch._dynamo.config.recompile_limit allows: calls that none of its graphs fits "
+                f"{name} is compiled for the last time (graph {limit} of {limit} that "
+                "torch._dynamo.config.recompile_limit allows): calls that none of its graphs fits "
                 "will run digitally. Raise the limit, or let fullgraph=True raise an error",
                 stacklevel=2,
             )

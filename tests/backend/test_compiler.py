@@ -601,7 +601,7 @@ def test_the_last_graph_that_dynamo_compiles_is_a_warning():
     with torch._dynamo.config.patch(recompile_limit=3):
         for batch in (2, 3):
             twin(torch.randn(batch, 8))
-        with pytest.warns(UserWarning, match="for the 3th time.*recompile_limit.*run digitally"):
+        with pytest.warns(UserWarning, match="graph 3 of 3 .*recompile_limit.*run digitally"):
             twin(torch.randn(4, 8))
 
 

@@ -132,6 +132,11 @@ def test_the_last_graph_is_told_of(limit, told):
     assert [bool(m) for m in messages] == [False, told]
 
 
+def test_a_dynamo_that_counts_otherwise_is_no_error(monkeypatch):
+    monkeypatch.setattr(dynamo, "_locals", lambda *_: iter([{"cache": 3}]))
+    dynamo.warn_of_last_graph()
+
+
 def test_graphs_inside_graphs_are_found_with_their_weights():
     class Checkpointed(nn.Module):
         def __init__(self):
