@@ -71,7 +71,8 @@ def _served_by_kernels(site: FusedSite) -> bool:
         return False
     if site.is_conv:
         return dispatch.serves(dispatch.refused_convolution(x))
-    return dispatch.serves(dispatch.refusal(x, weight, site.spec))
+    # Of the input's dtype, or the site refuses to run; a stand-in may know nothing of autocast.
+    return dispatch.serves(dispatch.refusal(x, weight.to(x.dtype), site.spec))
 
 
 def _example(operand: Any) -> Any:
