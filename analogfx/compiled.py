@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._C import DispatchKeySet
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import EffectType, Library  # type: ignore[attr-defined]
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
-
 
 KEPT: set[OpOverload] = set()
 """Ops whose results a compiled checkpoint saves, see :func:`keep_result`."""
@@ -86,21 +86,50 @@ def differentiable(
         setup: notes on a context what the backward needs, ``(ctx, inputs, output)``.
         backward: the gradients of all arguments, None for those without.
     """
+
+    def below(*args: Any) -> Any:
+        *inputs, keys = args
+        # Levels of torch.func further out have derivatives of their own, which stay on.
+        outer = torch._C._are_functorch_transforms_active()
+        with (
+            torch.set_grad_enabled(outer),
+            forward_ad._set_fwd_grad_enabled(outer),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
     made = {
-        "forward": staticmethod(lambda *args: op(*args)),
-        "setup_context": staticmethod(setup),
-        "backward": staticmethod(backward),
+        "forward": staticmethod(below),
+        "setup_context": staticmethod(lambda ctx, inputs, output: setup(ctx, inputs[:-1], output)),
+        "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
     }
     function: Any = type(op._opname, (torch.autograd.Function,), made)
 
     def kernel(keys: DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        _refuse_tangents(op, tensors)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, function).apply(*args)
+                return super(torch.autograd.Function, function).apply(*args, keys)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     return kernel
+
+
+def _refuse_tangents(op: OpOverload, tensors: list[Tensor]) -> None:
+    """Refuse forward-mode differentiation, which would go on with zeros.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op}: analog products have no forward-mode derivative (jvp, jacfwd, hessian): "
+            "use grad, vjp or jacrev"
+        )
 
 
 def draws_by_sample(op: OpOverload, library: Library) -> None:

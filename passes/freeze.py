@@ -107,18 +107,21 @@ def _prepare(graph: Graph, site: FusedSite, ready: dict[Any, Node]) -> None:
     """Take a site apart.
 
     Args:
-        ready: what was prepared so far, by weight and scalars: a weight may serve several sites.
+        ready: what was prepared so far, by what it depends on: a weight may serve several sites.
     """
     x, weight, bias, input_range, clip, _, *texts = site.node.args
     spec = encode(site.spec)
-    key = _recipe(weight), _recipe(clip), spec
+    key: tuple[str, ...] = _recipe(weight), _recipe(clip), spec
     with graph.inserting_before(site.node):
         if key not in ready:
             ready[key] = graph.call_function(prepared.prepare, (weight, clip, spec))
         held = _result(ready[key], 0)
         adc = _result(ready[key], 1) if site.spec.out_bound else None
         if adc is not None and site.spec.range_mode != "dynamic":
-            adc = graph.call_function(prepared.limits, (adc, input_range, spec))
+            key = *key, _recipe(input_range)
+            if key not in ready:
+                ready[key] = graph.call_function(prepared.limits, (adc, input_range, spec))
+            adc = ready[key]
         operands = (x, held, adc, bias, None, input_range, None)
         target = prepared.conv if site.is_conv else prepared.linear
         y = graph.call_function(target, (*operands, *texts))

@@ -330,6 +330,48 @@ def test_func_grad(config, training, level):
 
 
 @levels()
+@pytest.mark.parametrize("transform", [torch.func.jvp, torch.func.jacfwd, torch.func.hessian])
+def test_forward_mode_is_refused_and_not_zero(transform, level):
+    model = twins(mlp, CONFIGS["everything"])[0].eval()
+    x = inputs((3, 8), 0)
+
+    def call():
+        if transform is torch.func.jvp:
+            return transform(model, (x,), (x,))
+        return transform(lambda x: model(x).square().sum())(x)
+
+    message = "no forward-mode derivative .* use grad, vjp or jacrev"
+    with level(), pytest.raises(NotImplementedError, match=message):
+        call()
+
+
+def test_a_second_derivative_is_refused_and_not_zero():
+    model = twins(mlp, CONFIGS["everything"])[0].eval()
+
+    def gradient(x):
+        return torch.func.grad(lambda x: model(x).square().sum())(x).sum()
+
+    with pytest.raises(RuntimeError, match="have no second derivative"):
+        torch.func.grad(gradient)(inputs((3, 8), 0))
+
+
+def test_a_second_derivative_of_explicit_ops_is_that_of_autograd():
+    model = twins(mlp, CONFIGS["everything"])[0].eval()
+    x = inputs((3, 8), 0)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: model(x).pow(3).sum())(x).sum()
+
+    with explicit_level():
+        found = torch.func.grad(gradient)(x)
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+        (expected,) = torch.autograd.grad(first.sum(), x)
+    assert expected.any()
+    torch.testing.assert_close(found, expected, **SAME)
+
+
+@levels()
 @FUNCTORCH_IS_SLOW
 def test_gradients_by_sample(level):
     model = twins(mlp, merged(EVERYTHING, TILES))[0].eval()

@@ -3,8 +3,9 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import DYNAMO_CONFIGS, QUIET
+from compiled import DYNAMO_CONFIGS, QUIET, compiled
 from samples import LAYERS, TILES, layer_and_input, merged, product, text
+from torch import nn
 from whole_graph import PREPARED, Case, set_ranges
 
 from analogfx.kernels import dispatch, prepared
@@ -101,7 +102,24 @@ def test_a_weight_that_serves_twice_is_prepared_once():
     expected = case(x)
     assert case.apply(freeze) == [3]
     assert len(case.nodes(prepared.prepare)) == 2
+    assert len(case.nodes(prepared.limits)) == 3  # every use of a weight has its own range
     assert torch.equal(case(x), expected)
+
+
+def test_a_layer_that_is_called_twice_has_its_limits_once():
+    model = nn.Linear(8, 8).eval()
+    graphs = []
+
+    def look(graph, context):
+        graphs.append([n.target for n in graph.nodes])
+        return 0
+
+    run = compiled(lambda x: model(torch.tanh(model(x))), QUIET, passes=["freeze", look])
+    with torch.no_grad():
+        run(torch.randn(3, 8))
+    (called,) = graphs
+    assert called.count(prepared.prepare) == called.count(prepared.limits) == 1
+    assert called.count(prepared.linear) == 2
 
 
 def test_limits_are_kept_unless_the_range_is_dynamic():
