@@ -57,3 +57,7 @@ class CheckpointError(AnalogfxError):
 
 class OnnxError(AnalogfxError):
     """An ONNX export that cannot be made or that disagrees, or a file that cannot be read."""
+
+
+class KernelError(AnalogfxError, RuntimeError):
+    """Triton was asked for where its kernels cannot serve; says why."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.errors import AnalogfxError
+from analogfx.errors import KernelError
 from analogfx.kernels import clip, plan, statistics
 from analogfx.kernels import linear as plain
 from analogfx.kernels.linear import Gradients
@@ -29,10 +29,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 
 _chosen = "auto"
-
-
-class KernelError(AnalogfxError, RuntimeError):
-    """Triton was asked for where its kernels cannot serve; says why."""
 
 
 def use(which: str) -> str:

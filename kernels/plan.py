@@ -43,7 +43,7 @@ def by_vendor(dtype: torch.dtype, spec: MVMSpec) -> bool:
     return not (spec.out_noise or spec.out_bound or factor)
 
 
-def eight_bit(spec: MVMSpec) -> bool:
+def in_integers(spec: MVMSpec) -> bool:
     """Whether a product is one of 8-bit integers: at inference, without noise.
 
     The sum of 2**17 products of codes fits int32.
@@ -74,7 +74,7 @@ def marks_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
 
 def described(dtype: torch.dtype, spec: MVMSpec) -> str:
     """The forward product of a site, for a report."""
-    if eight_bit(spec):
+    if in_integers(spec):
         return "triton: int8"
     if by_vendor(dtype, spec):
         return "triton: prepared operands, torch.mm"

@@ -30,7 +30,7 @@ from tables import aligned, markdown, with_section
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from analogfx.kernels.triton.shipped import Shipped
+    from shipped import Shipped
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmark.md"
 COMMAND = "python tools/kernel_report.py --roofline --table"
@@ -185,7 +185,7 @@ def chosen_kernels(only: str) -> list["Shipped"]:
         sys.exit("kernel_report: needs triton, which is for Linux: pip install triton")
     if triton.knobs.runtime.interpret:
         sys.exit("kernel_report: TRITON_INTERPRET is set, so nothing is compiled; unset it")
-    from analogfx.kernels.triton.shipped import shipped
+    from shipped import shipped
 
     kernels = [kernel for kernel in shipped() if only in kernel.name]
     if not kernels:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from analogfx.kernels import plan
 from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.clip import clip_launch
 from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch, linear_forward
 from analogfx.kernels.triton.input_gradient import input_launch, partial_shape
-from analogfx.kernels.triton.inputs import convert_launch
+from analogfx.kernels.triton.inputs import Operand, convert_launch
 from analogfx.kernels.triton.launch import Launch, blocks_of, is_interpreted
-from analogfx.kernels.triton.linear import forward_blocks, input_blocks, weight_blocks
 from analogfx.kernels.triton.statistics import moments_launch, range_launch
+from analogfx.kernels.triton.tile import Periphery
 from analogfx.kernels.triton.weight_gradient import weight_launch
 from analogfx.kernels.triton.weights import modify_launch, row_max_launch
 
@@ -181,7 +182,8 @@ def _statistics() -> Iterator[Shipped]:
 
 def _product(name: str, launch: Launch, text: str) -> Shipped:
     """A product's launch, compiled for a GPU whatever this process would do."""
-    launch.constants["PRECISION"] = text if text in ("tf32", "int8") else "ieee"
+    precision = text if text in ("tf32", "int8") else "ieee"
+    launch = launch._replace(constants={**launch.constants, "PRECISION": precision})
     return compiled_as(name, launch, text, matrix=text != "fp32")
 
 
@@ -225,34 +227,40 @@ def _products(
     w = _empty(outputs, INPUTS, dtype=operand)
     if variant.transposed:
         w = _empty(INPUTS, outputs, dtype=operand).T
-    tile = forward_blocks(_empty(n, INPUTS), w, spec)
-    convert = operand != torch.int8 and not plan.prepares(n, blocks_of(outputs, tile.outputs))
-    x = _empty(n, INPUTS, dtype=data if convert else operand)
-    bias, y = _empty(outputs, dtype=data), _empty(n, outputs, dtype=data)
-    seed = _empty(dtype=torch.int64)
-    ranges = _empty(n, k) if spec.range_mode == "dynamic" else _empty(k)
+    block = blocks.of_forward(_empty(n, INPUTS), w, spec)
+    convert = operand != torch.int8 and not plan.prepares(n, blocks_of(outputs, block.outputs))
+    x = Operand(_empty(n, INPUTS, dtype=data if convert else operand), convert, spec)
     scales = _empty(k, outputs)
-    step, row_nan = (scales, _empty(n)) if operand == torch.int8 else (None, None)
-    noise_scale, bound_scale = (scales if on else None for on in (spec.out_noise, spec.out_bound))
-    rows, columns = plan.PATCH
-    marks = _empty(k, -(-n // rows), -(-outputs // columns), dtype=torch.uint8)
-    kinds = [site, variant.text, "DAC inside" if convert else ""]
+    around = Periphery(
+        _empty(n, k) if spec.range_mode == "dynamic" else _empty(k),
+        _empty(dtype=torch.int64),
+        scales if spec.out_noise else None,
+        scales if spec.out_bound else None,
+        scales if operand == torch.int8 else None,
+    )
     training = spec.out_bound and operand != torch.int8
     plain = not (variant.text or text == "fp16")
+    marks = _empty(k, blocks_of(n, plan.PATCH[0]), blocks_of(outputs, plan.PATCH[1]))
+    marks = marks.to(torch.uint8)
+    kinds = [site, variant.text, "DAC inside" if convert else ""]
     for kept in (True, False) if training and plain else (training,):
         launch = forward_launch(
-            x, w, bias, ranges, step, row_nan, noise_scale, bound_scale, seed, y,
-            marks if kept else None, convert, spec, tile,
-        )  # fmt: skip
+            x,
+            w,
+            around,
+            y=_empty(n, outputs, dtype=data),
+            block=block,
+            bias=_empty(outputs, dtype=data),
+            row_nan=_empty(n) if operand == torch.int8 else None,
+            marks=marks if kept else None,
+        )
         kind = ", ".join(filter(None, [*kinds, "training" if kept else ""]))
-        yield _product(f"linear_forward[{text},{tile.text},{kind}]", launch, text)
+        yield _product(f"linear_forward[{text},{block.text},{kind}]", launch, text)
         if kept and plain:
-            bits = _empty(k, n, -(-outputs // 8), dtype=torch.uint8)
-            launch = clipped_launch(
-                x, w, ranges, noise_scale, bound_scale, seed, marks, bits, convert, spec, tile
-            )
+            bits = _empty(k, n, blocks_of(outputs, 8), dtype=torch.uint8)
+            launch = clipped_launch(x, w, around, marks=marks, bits=bits, block=block)
             kind = ", ".join(filter(None, kinds))
-            yield _product(f"linear_clipped[{text},{tile.text},{kind}]", launch, text)
+            yield _product(f"linear_clipped[{text},{block.text},{kind}]", launch, text)
 
 
 def _backward(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
@@ -269,22 +277,24 @@ def _gradients(text: str, x: Tensor, outputs: int, site: str, spec: MVMSpec) -> 
     k, dtype = len(spec.in_sizes), x.dtype
     g, w = _empty(N, outputs, dtype=dtype), _empty(outputs, INPUTS, dtype=dtype)
     ranges = _empty(N, k) if spec.range_mode == "dynamic" else _empty(k)
-    bits = marked = None
-    if spec.out_bound:
-        bits = _empty(k, N, -(-outputs // 8), dtype=torch.uint8)
-        marked = _empty(k, N, dtype=torch.uint8)
     site += ", odd outputs" if outputs % 16 else ""
-    tile = input_blocks(g, spec)
-    partial = _empty(*partial_shape(N, spec, tile))
-    launch = input_launch(g, w, x, ranges, bits, marked, x, partial, spec, tile)
-    yield _product(f"linear_backward_input[{text},{tile.text},{site}]", launch, text)
+    shared: dict[str, Any] = {"ranges": ranges, "bits": None, "marked": None}
+    if spec.out_bound:
+        shared["bits"] = _empty(k, N, blocks_of(outputs, 8), dtype=torch.uint8)
+        shared["marked"] = _empty(k, blocks_of(N, plan.PATCH[0]), dtype=torch.uint8)
+    block = blocks.of_input_gradient(g, spec)
+    partial = _empty(*partial_shape(N, spec, block))
+    launch = input_launch(g, w, x, **shared, dx=x, partial=partial, spec=spec, block=block)
+    yield _product(f"linear_backward_input[{text},{block.text},{site}]", launch, text)
     for kind, clip, convert in (
         ("", None, False),
         (", learned clip", _empty(k, outputs), True),
     ):
-        tile = weight_blocks(g, clip is not None, spec)
+        block = blocks.of_weight_gradient(g, clip is not None, spec)
+        inputs = Operand(x, convert, spec)
+        partial = _empty(1)
         launch = weight_launch(
-            g, x, ranges, bits, marked, w, clip, w, _empty(1), convert, spec, tile
+            g, inputs, w, **shared, clip=clip, dw=w, partial=partial, block=block
         )
-        name = f"linear_backward_weight[{text},{tile.text},{site}{kind}]"
+        name = f"linear_backward_weight[{text},{block.text},{site}{kind}]"
         yield _product(name, launch, text)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from analogfx.kernels import plan
+from analogfx.kernels.spec import MVMSpec
 
 
 class Blocks(NamedTuple):
@@ -90,6 +92,35 @@ def choose(product: str, dtype: torch.dtype, rows: int) -> Blocks:
     few = TABLE.get((product, "few"))
     return few[dtype] if few is not None and rows <= plan.FEW else TABLE[product, "many"][dtype]
 
+
+def of_forward(x: Tensor, w: Tensor, spec: MVMSpec) -> Blocks:
+    """Blocks of the forward product of x (N, I) and w (O, I)."""
+    rows = x.shape[0]
+    if not _aligned(w.shape[0], spec) or w.stride(1) != 1:
+        return choose("unaligned", w.dtype, rows)
+    heavy = rows > plan.FEW and (spec.out_noise or spec.range_mode == "dynamic")
+    return choose("heavy" if heavy else "forward", w.dtype, rows)
+
+
+def of_input_gradient(g: Tensor, spec: MVMSpec) -> Blocks:
+    """Blocks of the product g W~ that gives the gradient of x; g (N, O)."""
+    product = "input" if _aligned(g.shape[1], spec) else "input, unaligned"
+    return choose(product, g.dtype, g.shape[0])
+
+
+def of_weight_gradient(g: Tensor, learned_clip: bool, spec: MVMSpec) -> Blocks:
+    """Blocks of the product g^T x that gives the gradient of W; g (N, O)."""
+    product = "weight" if _aligned(g.shape[1], spec) else "weight, unaligned"
+    return choose("clip" if learned_clip else product, g.dtype, g.shape[0])
+
+
+def _aligned(outputs: int, spec: MVMSpec) -> bool:
+    """Whether every tile, and every row of an operand, begins at a multiple of 16 elements."""
+    return not any(size % 16 for size in (*spec.in_sizes, outputs))
+
+
+GROUP = 8
+"""Blocks of rows that take turns in a column, so that their operands stay in the L2 cache."""
 
 ELEMENTS = 2048
 """Elements of one program of an element-wise kernel."""

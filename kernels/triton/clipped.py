@@ -1,7 +1,8 @@
 """Which outputs a bound clipped: one tile's product again, in the patches that were marked.
 
 A bit for every output of every tile, eight outputs to the byte. The forward keeps a mark for each
-patch instead, so a training step in which nothing is clipped neither keeps nor computes bits.
+patch instead, so a training step in which nothing is clipped keeps no bits and computes none: it
+only makes room for them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.device import (
     PATCH_OUTPUTS,
@@ -18,15 +18,17 @@ from analogfx.kernels.triton.device import (
     halves,
     pack,
     swizzled,
+    tile_range,
     tile_span,
 )
+from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import Launch, blocks_of
 from analogfx.kernels.triton.tile import (
+    Periphery,
     arguments,
     behind_adc,
     constants,
     tile_product,
-    tile_range,
 )
 
 
@@ -130,33 +132,19 @@ def linear_clipped(
 
 
 def clipped_launch(
-    x: Tensor,
-    w: Tensor,
-    ranges: Tensor | None,
-    noise_scale: Tensor | None,
-    bound_scale: Tensor | None,
-    seed: Tensor | None,
-    marks: Tensor,
-    bits: Tensor,
-    convert: bool,
-    spec: MVMSpec,
-    tile: Blocks,
+    x: Operand, w: Tensor, around: Periphery, *, marks: Tensor, bits: Tensor, block: Blocks
 ) -> Launch:
-    """The bits of the product of x (N, I) and w (O, I); see ``tile.arguments``.
+    """The bits of the product of x (N, I) and w (O, I).
 
     Args:
         marks: uint8, of ``plan.marks_shape``: what the forward left.
         bits: uint8 (k, N, ceil(O / 8)), 0 where nothing is marked.
     """
-    blocks = blocks_of(x.shape[0], tile.rows) * blocks_of(w.shape[0], tile.outputs)
+    programs = blocks_of(x.x.shape[0], block.rows) * blocks_of(w.shape[0], block.outputs)
     return Launch(
         linear_clipped,
-        (blocks, len(spec.in_sizes)),
-        {
-            **arguments(x, w, ranges, None, noise_scale, bound_scale, seed, spec),
-            "p_marks": marks,
-            "p_bits": bits,
-        },
-        constants(w, ranges, convert, spec, tile),
-        tile.options,
+        (programs, len(x.spec.in_sizes)),
+        {**arguments(x, w, around), "p_marks": marks, "p_bits": bits},
+        constants(x, w, around.ranges, block),
+        block.options,
     )

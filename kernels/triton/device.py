@@ -15,6 +15,9 @@ from analogfx.kernels import plan
 FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 """Whether a fused multiply-add rounds once: the interpreter's rounds twice."""
 
+LEAST = tl.constexpr(1.1754943508222875e-38)
+"""float32's least normal number, which no step is below."""
+
 PATCH_ROWS, PATCH_OUTPUTS = tl.constexpr(plan.PATCH[0]), tl.constexpr(plan.PATCH[1])
 
 
@@ -77,7 +80,7 @@ def step_of(bound, RES: tl.constexpr):
 @triton.jit
 def on_grid(v, step):
     """The number of steps that ``v`` is rounded to. A step of 0 counts as float32's least."""
-    least = tl.maximum(step, 1.1754943508222875e-38)
+    least = tl.maximum(step, LEAST)
     inverse = 1.0 / least + tl.zeros_like(v)  # approximate, but made once where a step serves many
     return round_even(quotient(v, least + tl.zeros_like(v), inverse))
 
@@ -107,6 +110,17 @@ def tile_span(tile, size, larger, EVEN: tl.constexpr):
         start += tl.minimum(tile, larger)
         length += (tile < larger).to(tl.int32)
     return start, length
+
+
+@triton.jit
+def tile_range(p_range, tile, o_row, n_rows, RANGE: tl.constexpr, TILES: tl.constexpr):
+    """The range of one tile: a scalar, (ROWS, 1) where it is dynamic, 1 where there is none."""
+    r = 1.0
+    if RANGE == "fixed":
+        r = tl.load(p_range + tile)
+    elif RANGE == "dynamic":
+        r = tl.load(p_range + o_row * TILES + tile, mask=o_row < n_rows, other=0.0)[:, None]
+    return r
 
 
 @triton.jit

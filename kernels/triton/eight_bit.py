@@ -2,7 +2,7 @@
 
 Where weights take at most 255 values and inputs, too, their product is exact in the int8 tensor
 cores: |q_x| and |q_w| are at most 127, and int32 holds the sum of 133,000 of their products.
-``plan.eight_bit`` says where that is so.
+``plan.in_integers`` says where that is so.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.device import (
     PATCH_OUTPUTS,
@@ -20,15 +19,17 @@ from analogfx.kernels.triton.device import (
     halves,
     rounded_to,
     swizzled,
+    tile_range,
     tile_span,
 )
+from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import Launch, blocks_of
 from analogfx.kernels.triton.tile import (
+    Periphery,
     arguments,
     behind_adc,
     constants,
     tile_product,
-    tile_range,
 )
 
 
@@ -176,38 +177,33 @@ def linear_forward(
 
 
 def forward_launch(
-    x: Tensor,
+    x: Operand,
     w: Tensor,
-    bias: Tensor | None,
-    ranges: Tensor | None,
-    weight_step: Tensor | None,
-    row_nan: Tensor | None,
-    noise_scale: Tensor | None,
-    bound_scale: Tensor | None,
-    seed: Tensor | None,
+    around: Periphery,
+    *,
     y: Tensor,
-    marks: Tensor | None,
-    convert: bool,
-    spec: MVMSpec,
-    tile: Blocks,
+    block: Blocks,
+    bias: Tensor | None = None,
+    row_nan: Tensor | None = None,
+    marks: Tensor | None = None,
 ) -> Launch:
-    """The product of x (N, I) and w (O, I); see ``tile.arguments`` and ``tile.constants``.
+    """The product of x (N, I) and w (O, I).
 
     Args:
-        row_nan: (N,) float32, what an int8 ``x`` cannot hold: NaN for a row that had one, else 0.
         y: contiguous (N, O).
+        row_nan: (N,) float32, what an int8 ``x`` cannot hold: NaN for a row that had one, else 0.
         marks: uint8, of ``plan.marks_shape``, or None.
     """
     return Launch(
         linear_forward,
-        (blocks_of(x.shape[0], tile.rows) * blocks_of(w.shape[0], tile.outputs),),
+        (blocks_of(x.x.shape[0], block.rows) * blocks_of(w.shape[0], block.outputs),),
         {
-            **arguments(x, w, ranges, weight_step, noise_scale, bound_scale, seed, spec),
+            **arguments(x, w, around),
             "p_bias": bias,
             "p_row_nan": row_nan,
             "p_y": y,
             "p_marks": marks,
         },
-        constants(w, ranges, convert, spec, tile),
-        tile.options,
+        constants(x, w, around.ranges, block),
+        block.options,
     )

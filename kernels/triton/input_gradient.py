@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.device import (
     PATCH_ROWS,
@@ -28,9 +29,8 @@ from analogfx.kernels.triton.device import (
     swizzled,
     tile_span,
 )
-from analogfx.kernels.triton.launch import Launch, blocks_of
+from analogfx.kernels.triton.launch import Launch, blocks_of, geometry, is_even
 from analogfx.kernels.triton.tile import precision_of
-from analogfx.kernels.triton.weights import geometry, is_even
 
 
 @triton.jit
@@ -208,13 +208,14 @@ def input_launch(
     g: Tensor,
     w: Tensor,
     x: Tensor,
+    *,
     ranges: Tensor | None,
     bits: Tensor | None,
     marked: Tensor | None,
     dx: Tensor | None,
     partial: Tensor | None,
     spec: MVMSpec,
-    tile: Blocks,
+    block: Blocks,
 ) -> Launch:
     """Gradients of x (N, I) and of the ranges from g (N, O) and the modified weights (O, I).
 
@@ -225,11 +226,11 @@ def input_launch(
         partial: float32 of :func:`partial_shape`, or None: sums and counts for every block.
     """
     rows, outputs = g.shape
-    per_tile = blocks_of(max(spec.in_sizes), tile.inputs)
+    per_tile = blocks_of(max(spec.in_sizes), block.inputs)
     has_range = ranges is not None and spec.range_mode in ("static", "fast")
     return Launch(
         linear_backward_input,
-        (blocks_of(rows, tile.rows) * per_tile * len(spec.in_sizes),),
+        (blocks_of(rows, block.rows) * per_tile * len(spec.in_sizes),),
         {
             "p_g": g,
             "p_w": w,
@@ -252,20 +253,20 @@ def input_launch(
         },
         {
             "EVEN": is_even(spec),
-            "WHOLE": outputs % tile.outputs == 0,
+            "WHOLE": outputs % block.outputs == 0,
             "TILES": len(spec.in_sizes),
             "RANGE": spec.range_mode if has_range else "none",
             "PRECISION": precision_of(w.dtype),
-            "BLOCK_ROWS": tile.rows,
-            "BLOCK_OUT": tile.outputs,
-            "BLOCK_IN": tile.inputs,
-            "GROUP": 8,
+            "BLOCK_ROWS": block.rows,
+            "BLOCK_OUT": block.outputs,
+            "BLOCK_IN": block.inputs,
+            "GROUP": blocks.GROUP,
         },
-        tile.options,
+        block.options,
     )
 
 
-def partial_shape(rows: int, spec: MVMSpec, tile: Blocks) -> tuple[int, int, int]:
+def partial_shape(rows: int, spec: MVMSpec, block: Blocks) -> tuple[int, int, int]:
     """(sum and count, k, blocks of a tile) of the partial gradients of the ranges."""
-    per_tile = blocks_of(max(spec.in_sizes), tile.inputs)
-    return 2, len(spec.in_sizes), blocks_of(rows, tile.rows) * per_tile
+    per_tile = blocks_of(max(spec.in_sizes), block.inputs)
+    return 2, len(spec.in_sizes), blocks_of(rows, block.rows) * per_tile

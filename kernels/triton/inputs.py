@@ -8,16 +8,29 @@ can do this in its prologue, too; then each of its O / block columns of programs
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from analogfx.kernels import plan
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
-from analogfx.kernels.triton.device import dac, rounded_to, tile_span
-from analogfx.kernels.triton.launch import Launch, blocks_of
-from analogfx.kernels.triton.weights import geometry, is_even, row_max_launch
+from analogfx.kernels.triton.device import dac, rounded_to, tile_range, tile_span
+from analogfx.kernels.triton.launch import Launch, blocks_of, geometry, is_even, range_mode
+from analogfx.kernels.triton.weights import row_max_launch
+
+
+class Operand(NamedTuple):
+    """Inputs (N, I) as a product takes them."""
+
+    x: Tensor
+    convert: bool
+    """Whether the product's prologue converts them."""
+    spec: MVMSpec
+    """The site's, without the DAC where ``x`` holds what its codes stand for."""
 
 
 @triton.jit
@@ -53,10 +66,7 @@ def convert_input(
     if p_row_nan is not None:  # whoever finds a NaN writes the same
         holds = tl.max((x != x).to(tl.int32), axis=1) != 0
         tl.store(p_row_nan + o_row, tl.full((BLOCK_ROWS,), float("nan"), tl.float32), mask=holds)
-    if RANGE == "dynamic":
-        r = tl.load(p_range + o_row * TILES + tile, mask=m_row, other=0.0)[:, None]
-    else:
-        r = tl.load(p_range + tile)
+    r = tile_range(p_range, tile, o_row, n_rows, RANGE, TILES)
     x = dac(x, r, RANGE, INP_RES, VALUES)
     at = o_row[:, None] * n_inputs + o_input[None, :]
     tl.store(p_out + at, rounded_to(x, p_out.dtype.element_ty), mask=m)
@@ -100,7 +110,7 @@ def convert_launch(
         {
             "EVEN": is_even(spec),
             "TILES": len(spec.in_sizes),
-            "RANGE": "dynamic" if spec.range_mode == "dynamic" else "fixed",
+            "RANGE": range_mode(ranges, spec),
             "INP_RES": float(spec.inp_res),
             "VALUES": values,
             "BLOCK_ROWS": blocks.ROWS,
@@ -116,12 +126,31 @@ def converted(x: Tensor, ranges: Tensor, dtype: torch.dtype, values: bool, spec:
     return out
 
 
-def eight_bit(x: Tensor, ranges: Tensor, spec: MVMSpec) -> tuple[Tensor, Tensor]:
-    """All tiles' inputs (N, I) as int8 codes, and (N,) float32: NaN for a row that holds one."""
+def operand(
+    x: Tensor, ranges: Tensor | None, dtype: torch.dtype, across: int, values: bool, spec: MVMSpec
+) -> Operand:
+    """Inputs (N, I) for a product whose operands are of a dtype.
+
+    Args:
+        across: blocks that read every input.
+        values: what the codes stand for, not the codes: the step is no factor of this product.
+    """
+    if ranges is None:
+        return Operand(x, False, spec)
+    if not values and plan.largest_code(spec.inp_res) > plan.EXACT[dtype]:
+        x = converted(x, ranges, dtype, True, spec)
+        return Operand(x, False, spec._replace(inp_res=0.0))
+    if plan.prepares(x.shape[0], across):
+        return Operand(converted(x, ranges, dtype, values, spec), False, spec)
+    return Operand(x, True, spec)
+
+
+def codes(x: Tensor, ranges: Tensor, spec: MVMSpec) -> tuple[Operand, Tensor]:
+    """All tiles' inputs (N, I) in int8, and (N,) float32: NaN for a row that holds one, else 0."""
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     row_nan = torch.zeros(x.shape[0], device=x.device)
     convert_launch(x, ranges, out, row_nan, False, spec).run()
-    return out, row_nan
+    return Operand(out, False, spec), row_nan
 
 
 def tile_ranges(x: Tensor, input_range: Tensor | None, spec: MVMSpec) -> Tensor | None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from analogfx.kernels.spec import MVMSpec
+
 
 class Launch(NamedTuple):
     """A kernel with its grid and every argument by name."""
@@ -39,3 +41,20 @@ def is_interpreted(kernel: Callable[..., Any]) -> bool:
 def blocks_of(size: int, block: int) -> int:
     """How many blocks cover a size."""
     return -(-size // block)
+
+
+def geometry(spec: MVMSpec) -> dict[str, int]:
+    """Size of a tile and how many, the first ones, have one input more."""
+    smallest = min(spec.in_sizes)
+    larger = sum(size > smallest for size in spec.in_sizes)
+    return {"size": smallest, "larger": larger}
+
+
+def is_even(spec: MVMSpec) -> bool:
+    """Whether all tiles are of one size."""
+    return len(set(spec.in_sizes)) == 1
+
+
+def range_mode(ranges: Tensor | None, spec: MVMSpec) -> str:
+    """How a kernel finds a tile's range: "none", "fixed" (k,) or "dynamic" (N, k)."""
+    return "none" if ranges is None else "dynamic" if spec.range_mode == "dynamic" else "fixed"

@@ -25,38 +25,11 @@ from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch
 from analogfx.kernels.triton.input_gradient import input_launch, partial_shape
-from analogfx.kernels.triton.launch import blocks_of
+from analogfx.kernels.triton.inputs import Operand
+from analogfx.kernels.triton.launch import blocks_of, geometry
+from analogfx.kernels.triton.tile import Periphery
 from analogfx.kernels.triton.weight_gradient import weight_launch
-from analogfx.kernels.triton.weights import geometry, maxima, modified_weight, scaled_by
-
-
-class Operand(NamedTuple):
-    """Inputs as a product takes them."""
-
-    x: Tensor
-    convert: bool
-    """Whether the product's prologue converts them."""
-    spec: MVMSpec
-    """The site's, without the DAC where ``x`` holds what its codes stand for."""
-
-
-def operand(
-    x: Tensor, ranges: Tensor | None, dtype: torch.dtype, across: int, values: bool, spec: MVMSpec
-) -> Operand:
-    """Inputs (N, I) for a product whose operands are of a dtype.
-
-    Args:
-        across: blocks that read every input.
-        values: what the codes stand for, not the codes: the step is no factor of this product.
-    """
-    if ranges is None:
-        return Operand(x, False, spec)
-    if not values and plan.largest_code(spec.inp_res) > plan.EXACT[dtype]:
-        x = inputs.converted(x, ranges, dtype, True, spec)
-        return Operand(x, False, spec._replace(inp_res=0.0))
-    if plan.prepares(x.shape[0], across):
-        return Operand(inputs.converted(x, ranges, dtype, values, spec), False, spec)
-    return Operand(x, True, spec)
+from analogfx.kernels.triton.weights import maxima, modified_weight, scaled_by
 
 
 def forward(
@@ -84,8 +57,8 @@ def forward(
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     y = _rows(out)
     marks = x.new_empty(plan.marks_shape(x, weight, spec), dtype=torch.uint8)
-    if plan.eight_bit(spec):
-        _eight_bit_product(rows, weight, bias, ranges, clip, y, spec)
+    if plan.in_integers(spec):
+        _integer_product(rows, weight, bias, ranges, clip, y, spec)
         return out, marks, weight.new_empty(0)
     peaks = maxima(weight, clip, spec)
     w = modified_weight(weight, clip, seed, peaks, spec)
@@ -97,22 +70,15 @@ def forward(
         else:
             torch.addmm(bias, rows, w.T, out=y)
         return out, marks, weight.new_empty(0)
-    tile = forward_blocks(rows, w, spec)
-    x_of = operand(rows, ranges, w.dtype, blocks_of(w.shape[0], tile.outputs), False, spec)
+    block = blocks.of_forward(rows, w, spec)
     forward_launch(
-        x_of.x,
+        _operand(rows, ranges, w, block, spec),
         w,
-        bias,
-        ranges,
-        None,
-        None,
-        *_scales(peaks, spec),
-        seed,
-        y,
-        marks if is_kept(marks) else None,
-        x_of.convert,
-        x_of.spec,
-        tile,
+        Periphery(ranges, seed, *_scales(peaks, spec)),
+        bias=bias,
+        y=y,
+        marks=marks if is_kept(marks) else None,
+        block=block,
     ).run()
     return out, marks, weight.new_empty(0)
 
@@ -133,7 +99,12 @@ def _scales(peaks: Tensor | None, spec: MVMSpec) -> tuple[Tensor | None, Tensor 
     return noise_scale, bound_scale
 
 
-def _eight_bit_product(
+def _operand(x: Tensor, ranges: Tensor | None, w: Tensor, block: Blocks, spec: MVMSpec) -> Operand:
+    """x (N, I) for the forward product by w (O, I)."""
+    return inputs.operand(x, ranges, w.dtype, blocks_of(w.shape[0], block.outputs), False, spec)
+
+
+def _integer_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -145,40 +116,16 @@ def _eight_bit_product(
     """Inference in integers, into y (N, O)."""
     assert ranges is not None
     held = eight_bit.prepare(weight, clip, spec)
-    codes, row_nan = inputs.eight_bit(x, ranges, spec)
-    scales = _scales(held.peaks, spec)
-    tile = forward_blocks(codes, held.codes, spec)
-    launch = forward_launch(
-        codes, held.codes, bias, ranges, held.step, row_nan, *scales, None, y, None, False, spec,
-        tile,
-    )  # fmt: skip
-    launch.run()
-
-
-def forward_blocks(x: Tensor, w: Tensor, spec: MVMSpec) -> Blocks:
-    """Blocks of the forward product of x (N, I) and w (O, I)."""
-    rows = x.shape[0]
-    if not _aligned(w.shape[0], spec) or w.stride(1) != 1:
-        return blocks.choose("unaligned", w.dtype, rows)
-    heavy = rows > plan.FEW and (spec.out_noise or spec.range_mode == "dynamic")
-    return blocks.choose("heavy" if heavy else "forward", w.dtype, rows)
-
-
-def input_blocks(g: Tensor, spec: MVMSpec) -> Blocks:
-    """Blocks of the product g W~ that gives the gradient of x."""
-    product = "input" if _aligned(g.shape[1], spec) else "input, unaligned"
-    return blocks.choose(product, g.dtype, g.shape[0])
-
-
-def weight_blocks(g: Tensor, clipped: bool, spec: MVMSpec) -> Blocks:
-    """Blocks of the product g^T x that gives the gradient of W, and of a learned clip."""
-    product = "weight" if _aligned(g.shape[1], spec) else "weight, unaligned"
-    return blocks.choose("clip" if clipped else product, g.dtype, g.shape[0])
-
-
-def _aligned(outputs: int, spec: MVMSpec) -> bool:
-    """Whether every tile, and every row of an operand, begins at a multiple of 16 elements."""
-    return not any(size % 16 for size in (*spec.in_sizes, outputs))
+    codes, row_nan = inputs.codes(x, ranges, spec)
+    forward_launch(
+        codes,
+        held.codes,
+        Periphery(ranges, None, *_scales(held.peaks, spec), held.step),
+        bias=bias,
+        row_nan=row_nan,
+        y=y,
+        block=blocks.of_forward(codes.x, held.codes, spec),
+    ).run()
 
 
 def backward(
@@ -197,9 +144,9 @@ def backward(
     need_x, need_w, need_bias, need_range, need_clip = needs
     g, rows = _rows(grad), _rows(x)
     ranges = inputs.tile_ranges(rows, input_range, spec)
+    found: dict[str, Tensor | None] = {}
     clipped = None
-    out = Gradients(*(x.new_empty(0) for _ in needs))
-    if spec.out_bound or need_x or need_range:
+    if need_x or need_range or (spec.out_bound and (need_w or need_clip)):
         peaks = maxima(weight, clip, spec)
         w = modified_weight(weight, clip, seed, peaks, spec)
         if spec.out_bound:
@@ -208,20 +155,15 @@ def backward(
                 marks = torch.ones(shape, dtype=torch.uint8, device=x.device)
             clipped = _clipped(rows, w, ranges, peaks, seed, marks, spec)
         if need_x or need_range:
-            dx, grad_range = _input_gradients(g, w, x, ranges, clipped, need_x, need_range, spec)
-            if dx is not None:
-                out = out._replace(x=dx)
-            if grad_range is not None:
-                out = out._replace(input_range=grad_range)
+            pair = _input_gradients(g, w, x, ranges, clipped, need_x, need_range, spec)
+            found |= {"x": pair[0], "input_range": pair[1]}
     if need_w or need_clip:
-        dw, grad_clip = _weight_gradients(g, rows, ranges, clipped, weight, clip, need_w, spec)
-        if dw is not None:
-            out = out._replace(weight=dw)
-        if need_clip and grad_clip is not None:
-            out = out._replace(clip=grad_clip)
+        pair = _weight_gradients(g, rows, ranges, clipped, weight, clip, need_w, spec)
+        found |= {"weight": pair[0], "clip": pair[1] if need_clip else None}
     if need_bias:
-        out = out._replace(bias=g.sum(0, dtype=torch.float32).to(weight.dtype))
-    return out
+        found["bias"] = g.sum(0, dtype=torch.float32).to(weight.dtype)
+    nothing = Gradients(*(x.new_empty(0) for _ in needs))
+    return nothing._replace(**{name: t for name, t in found.items() if t is not None})
 
 
 class Clipped(NamedTuple):
@@ -245,21 +187,16 @@ def _clipped(
     spec: MVMSpec,
 ) -> Clipped:
     """The outputs that were clipped, from the marks; computed where there is a mark alone."""
-    tile = forward_blocks(x, w, spec)
-    x_of = operand(x, ranges, w.dtype, blocks_of(w.shape[0], tile.outputs), False, spec)
+    block = blocks.of_forward(x, w, spec)
     shape = len(spec.in_sizes), x.shape[0], (w.shape[0] + 7) // 8
     bits = torch.zeros(shape, dtype=torch.uint8, device=x.device)
     clipped_launch(
-        x_of.x,
+        _operand(x, ranges, w, block, spec),
         w,
-        ranges,
-        *_scales(peaks, spec),
-        seed,
-        marks,
-        bits,
-        x_of.convert,
-        x_of.spec,
-        tile,
+        Periphery(ranges, seed, *_scales(peaks, spec)),
+        marks=marks,
+        bits=bits,
+        block=block,
     ).run()
     return Clipped(bits, marks.any(2), marks.any(1))  # of uint8, as any() leaves it
 
@@ -283,12 +220,22 @@ def _input_gradients(
         assert into is not None
         torch.mm(g, w, out=into)
         return dx, None
-    tile = input_blocks(g, spec)
+    block = blocks.of_input_gradient(g, spec)
     partial = None
     if need_range:
-        partial = x.new_empty(partial_shape(rows.shape[0], spec, tile), dtype=torch.float32)
-    bits, marked = (None, None) if clipped is None else (clipped.bits, clipped.rows)
-    input_launch(g, w, rows, ranges, bits, marked, into, partial, spec, tile).run()
+        partial = x.new_empty(partial_shape(rows.shape[0], spec, block), dtype=torch.float32)
+    input_launch(
+        g,
+        w,
+        rows,
+        ranges=ranges,
+        bits=None if clipped is None else clipped.bits,
+        marked=None if clipped is None else clipped.rows,
+        dx=into,
+        partial=partial,
+        spec=spec,
+        block=block,
+    ).run()
     if partial is None:
         return dx, None
     assert ranges is not None
@@ -317,33 +264,30 @@ def _weight_gradients(
     need_w: bool,
     spec: MVMSpec,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of W (O, I) and of the learned clips (k, O)."""
     dynamic = spec.range_mode == "dynamic"
     if clipped is None and clip is None and (plan.by_vendor(x.dtype, spec) or dynamic):
         if ranges is not None:
             x = inputs.converted(x, ranges, x.dtype, True, spec)
         return g.T @ x, None
-    tile = weight_blocks(g, clip is not None, spec)
-    across = blocks_of(weight.shape[0], tile.outputs)
-    x_of = operand(x, ranges, g.dtype, across, dynamic, spec)
+    block = blocks.of_weight_gradient(g, clip is not None, spec)
+    across = blocks_of(weight.shape[0], block.outputs)
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if need_w else None
     partial = None
     if clip is not None:
-        shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), tile.inputs), weight.shape[0]
+        shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), block.inputs), weight.shape[0]
         partial = x.new_empty(shape, dtype=torch.float32)
-    bits, marked = (None, None) if clipped is None else (clipped.bits, clipped.outputs)
     weight_launch(
         g,
-        x_of.x,
-        ranges,
-        bits,
-        marked,
+        inputs.operand(x, ranges, g.dtype, across, dynamic, spec),
         weight,
-        clip,
-        dw,
-        partial,
-        x_of.convert,
-        x_of.spec,
-        tile,
+        ranges=ranges,
+        bits=None if clipped is None else clipped.bits,
+        marked=None if clipped is None else clipped.outputs,
+        clip=clip,
+        dw=dw,
+        partial=partial,
+        block=block,
     ).run()
     if clip is None or partial is None:
         return dw, None

@@ -20,8 +20,7 @@ from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.statistics import in_backward
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.device import merge, tile_span
-from analogfx.kernels.triton.launch import Launch, blocks_of
-from analogfx.kernels.triton.weights import geometry, is_even
+from analogfx.kernels.triton.launch import Launch, blocks_of, geometry, is_even
 
 STRIPS = 256
 """Most strips of one tile: two for every multiprocessor of a large GPU, few enough to merge."""

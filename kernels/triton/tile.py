@@ -9,14 +9,14 @@ Output noise of tile t is stream t + 1 over the elements of y.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.device import (
     dac,
@@ -27,19 +27,8 @@ from analogfx.kernels.triton.device import (
     rounded_to,
     step_of,
 )
-from analogfx.kernels.triton.launch import is_interpreted
-from analogfx.kernels.triton.weights import geometry, is_even
-
-
-@triton.jit
-def tile_range(p_range, tile, o_row, n_rows, RANGE: tl.constexpr, TILES: tl.constexpr):
-    """The range of one tile: a scalar, (ROWS, 1) where it is dynamic, 1 where there is none."""
-    r = 1.0
-    if RANGE == "fixed":
-        r = tl.load(p_range + tile)
-    elif RANGE == "dynamic":
-        r = tl.load(p_range + o_row * TILES + tile, mask=o_row < n_rows, other=0.0)[:, None]
-    return r
+from analogfx.kernels.triton.inputs import Operand
+from analogfx.kernels.triton.launch import geometry, is_even, is_interpreted, range_mode
 
 
 @triton.jit
@@ -159,68 +148,57 @@ def precision_of(operand: torch.dtype) -> str:
     return "ieee"
 
 
-def range_mode(ranges: Tensor | None, spec: MVMSpec) -> str:
-    """How a kernel finds a tile's range."""
-    return "none" if ranges is None else "dynamic" if spec.range_mode == "dynamic" else "fixed"
+class Periphery(NamedTuple):
+    """What stands around the tiles: ranges before them, noise and ADC behind."""
+
+    ranges: Tensor | None
+    """(k,) or (N, k) float32, None where there are none."""
+    seed: Tensor | None
+    noise_scale: Tensor | None
+    """(k, O) float32, None without output noise."""
+    bound_scale: Tensor | None
+    """(k, O) float32, None without a bound."""
+    weight_step: Tensor | None = None
+    """(k, O) float32: what the codes in int8 weights stand for, else None."""
 
 
-def arguments(
-    x: Tensor,
-    w: Tensor,
-    ranges: Tensor | None,
-    weight_step: Tensor | None,
-    noise_scale: Tensor | None,
-    bound_scale: Tensor | None,
-    seed: Tensor | None,
-    spec: MVMSpec,
-) -> dict[str, Any]:
-    """Arguments of a kernel that computes tiles' outputs from x (N, I) and w (O, I).
-
-    Args:
-        ranges: (k,) or (N, k) float32, or None.
-        weight_step: (k, O) float32: what the codes in an int8 ``w`` stand for, else None.
-        noise_scale, bound_scale: (k, O) float32, None without output noise or bound.
-    """
+def arguments(x: Operand, w: Tensor, around: Periphery) -> dict[str, Any]:
+    """Arguments of a kernel that computes tiles' outputs from x (N, I) and w (O, I)."""
     return {
-        "p_x": x,
+        "p_x": x.x,
         "p_w": w,
-        "p_range": ranges,
-        "p_weight_step": weight_step,
-        "p_noise_scale": noise_scale,
-        "p_bound_scale": bound_scale,
-        "p_seed": seed if spec.out_noise else None,
-        "n_rows": x.shape[0],
+        "p_range": around.ranges,
+        "p_weight_step": around.weight_step,
+        "p_noise_scale": around.noise_scale,
+        "p_bound_scale": around.bound_scale,
+        "p_seed": around.seed if x.spec.out_noise else None,
+        "n_rows": x.x.shape[0],
         "n_outputs": w.shape[0],
-        **geometry(spec),
-        "stride_xn": x.stride(0),
-        "stride_xi": x.stride(1),
+        **geometry(x.spec),
+        "stride_xn": x.x.stride(0),
+        "stride_xi": x.x.stride(1),
         "stride_wo": w.stride(0),
         "stride_wi": w.stride(1),
     }
 
 
-def constants(
-    w: Tensor, ranges: Tensor | None, convert: bool, spec: MVMSpec, tile: Blocks
-) -> dict[str, Any]:
-    """Constants of such a kernel.
-
-    Args:
-        convert: x is raw; else it is behind the DAC already.
-    """
+def constants(x: Operand, w: Tensor, ranges: Tensor | None, block: Blocks) -> dict[str, Any]:
+    """Constants of such a kernel."""
+    spec = x.spec
     return {
         "EVEN": is_even(spec),
-        "WHOLE": all(size % tile.inputs == 0 for size in spec.in_sizes),
+        "WHOLE": all(size % block.inputs == 0 for size in spec.in_sizes),
         "TILES": len(spec.in_sizes),
         "RANGE": range_mode(ranges, spec),
-        "CONVERT": convert and ranges is not None,
+        "CONVERT": x.convert and ranges is not None,
         "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
         "OUT_NOISE": float(spec.out_noise),
         "OUT_BOUND": float(spec.out_bound),
         "OUT_RES": float(spec.out_res),
         "QUADS": w.shape[0] % 4 == 0,
         "PRECISION": precision_of(w.dtype),
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_OUT": tile.outputs,
-        "BLOCK_IN": tile.inputs,
-        "GROUP": 8,
+        "BLOCK_ROWS": block.rows,
+        "BLOCK_OUT": block.outputs,
+        "BLOCK_IN": block.inputs,
+        "GROUP": blocks.GROUP,
     }

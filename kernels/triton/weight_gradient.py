@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.device import (
+    LEAST,
     PATCH_OUTPUTS,
     any_marked,
     clamp,
@@ -28,11 +29,12 @@ from analogfx.kernels.triton.device import (
     rounded_to,
     step_of,
     swizzled,
+    tile_range,
     tile_span,
 )
-from analogfx.kernels.triton.launch import Launch, blocks_of
-from analogfx.kernels.triton.tile import precision_of, range_mode
-from analogfx.kernels.triton.weights import geometry, is_even
+from analogfx.kernels.triton.inputs import Operand
+from analogfx.kernels.triton.launch import Launch, blocks_of, geometry, is_even, range_mode
+from analogfx.kernels.triton.tile import precision_of
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def outer_product(
         if CONVERT:
             x = x.to(tl.float32)
             if RANGE == "dynamic":  # a step for every row: a factor inside of this product
-                own = tl.load(p_range + o_row * TILES + tile, mask=m_row, other=0.0)[:, None]
+                own = tile_range(p_range, tile, o_row, n_rows, RANGE, TILES)
                 x = dac(x, own, RANGE, INP_RES, True)
             else:
                 x = dac(x, r, RANGE, INP_RES, False)
@@ -150,15 +152,15 @@ def linear_backward_weight(
         patches = tl.cdiv(n_outputs, PATCH_OUTPUTS)
         if any_marked(p_marked + tile.to(tl.int64) * patches, row * across, patches, across):
             acc = outer_product(
-            p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs, stride_gn,
-            stride_xn, True, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION, BLOCK_ROWS,
-            BLOCK_OUT, BLOCK_IN,
+                p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs,
+                stride_gn, stride_xn, True, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION,
+                BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
             )  # fmt: skip
         else:
             acc = outer_product(
-            p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs, stride_gn,
-            stride_xn, False, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION, BLOCK_ROWS,
-            BLOCK_OUT, BLOCK_IN,
+                p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs,
+                stride_gn, stride_xn, False, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION,
+                BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
             )  # fmt: skip
 
     if RANGE == "fixed" and INP_RES > 0:
@@ -172,7 +174,7 @@ def linear_backward_weight(
         half: tl.constexpr = STATES / 2 if STATES > 0 else 1.0
         if STATES > 0:
             scale = 2.0 * tl.math.div_rn(scale, STATES + tl.zeros_like(scale))
-        scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 1.1754943508222875e-38)
+        scale = tl.maximum(tl.where(scale == 0, 1.0, scale), LEAST)
         ratio = tl.math.div_rn(w, scale[:, None] + tl.zeros_like(w))
         inside = tl.abs(ratio) <= half
         slope = tl.where(inside, 0.0, clamp(ratio, half))
@@ -188,23 +190,21 @@ def linear_backward_weight(
 
 def weight_launch(
     g: Tensor,
-    x: Tensor,
+    x: Operand,
+    w: Tensor,
+    *,
     ranges: Tensor | None,
     bits: Tensor | None,
     marked: Tensor | None,
-    w: Tensor,
     clip: Tensor | None,
     dw: Tensor | None,
     partial: Tensor | None,
-    convert: bool,
-    spec: MVMSpec,
-    tile: Blocks,
+    block: Blocks,
 ) -> Launch:
     """Gradients of w (O, I) and of the learned clips from g (N, O) and x (N, I).
 
     Args:
-        x: raw, or with ``convert`` False behind the DAC already: codes, or values where the
-            ranges are dynamic.
+        x: codes, or values where the ranges are dynamic, if it is behind the DAC already.
         bits: uint8 (k, N, ceil(O / 8)): what a bound clipped, None where there is no bound.
         marked: uint8 (k, patches): patches of outputs that hold something clipped, None without.
         w, clip: the parameters themselves; ``clip`` (k, O) or None.
@@ -212,13 +212,14 @@ def weight_launch(
         partial: float32 (k, blocks of a tile, O) with a clip, else None.
     """
     rows, outputs = g.shape
-    per_tile = blocks_of(max(spec.in_sizes), tile.inputs)
+    spec = x.spec
+    per_tile = blocks_of(max(spec.in_sizes), block.inputs)
     return Launch(
         linear_backward_weight,
-        (blocks_of(outputs, tile.outputs) * per_tile * len(spec.in_sizes),),
+        (blocks_of(outputs, block.outputs) * per_tile * len(spec.in_sizes),),
         {
             "p_g": g,
-            "p_x": x,
+            "p_x": x.x,
             "p_range": ranges,
             "p_bits": bits,
             "p_marked": marked,
@@ -232,24 +233,24 @@ def weight_launch(
             **geometry(spec),
             "stride_gn": g.stride(0),
             "stride_go": g.stride(1),
-            "stride_xn": x.stride(0),
-            "stride_xi": x.stride(1),
+            "stride_xn": x.x.stride(0),
+            "stride_xi": x.x.stride(1),
             "stride_wo": w.stride(0),
             "stride_wi": w.stride(1),
         },
         {
             "EVEN": is_even(spec),
-            "WHOLE": rows % tile.rows == 0,
+            "WHOLE": rows % block.rows == 0,
             "TILES": len(spec.in_sizes),
             "RANGE": range_mode(ranges, spec),
-            "CONVERT": convert and ranges is not None,
+            "CONVERT": x.convert and ranges is not None,
             "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
             "STATES": float(spec.weight_states) if clip is not None else 0.0,
             "PRECISION": precision_of(g.dtype),
-            "BLOCK_ROWS": tile.rows,
-            "BLOCK_OUT": tile.outputs,
-            "BLOCK_IN": tile.inputs,
-            "GROUP": 8,
+            "BLOCK_ROWS": block.rows,
+            "BLOCK_OUT": block.outputs,
+            "BLOCK_IN": block.inputs,
+            "GROUP": blocks.GROUP,
         },
-        tile.options,
+        block.options,
     )

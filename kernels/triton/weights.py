@@ -20,26 +20,15 @@ from torch import Tensor
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.device import (
+    LEAST,
     clamp,
     normal_quads,
     round_even,
     rounded_to,
     tile_span,
 )
-from analogfx.kernels.triton.launch import Launch, blocks_of
+from analogfx.kernels.triton.launch import Launch, blocks_of, geometry, is_even
 from analogfx.kernels.weights import is_modified
-
-
-def geometry(spec: MVMSpec) -> dict[str, int]:
-    """Size of a tile and how many, the first ones, have one input more."""
-    smallest = min(spec.in_sizes)
-    larger = sum(size > smallest for size in spec.in_sizes)
-    return {"size": smallest, "larger": larger}
-
-
-def is_even(spec: MVMSpec) -> bool:
-    """Whether all tiles are of one size."""
-    return len(set(spec.in_sizes)) == 1
 
 
 @triton.jit
@@ -147,13 +136,13 @@ def modify_weight(
             step = 2.0 * tl.math.div_rn(bound, STATES + tl.zeros_like(bound))
             step = tl.where(step == 0, 1.0, step)
             # Clamped before the rounding: an odd number of states ends on half a step.
-            ratio = tl.math.div_rn(w, tl.maximum(step, 1.1754943508222875e-38))
+            ratio = tl.math.div_rn(w, tl.maximum(step, LEAST))
             w = round_even(clamp(ratio, STATES / 2))
             if not CODES:
                 w = w * step
         else:
             bound = tl.where(bound == 0, 1.0, bound)
-            ratio = tl.math.div_rn(w, tl.maximum(bound, 1.1754943508222875e-38))
+            ratio = tl.math.div_rn(w, tl.maximum(bound, LEAST))
             w = clamp(ratio, 1.0) * bound
     if NOISE > 0:
         sigma = NOISE * tl.load(p_scale + o_scale, mask=m, other=0.0)

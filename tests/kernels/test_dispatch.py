@@ -9,8 +9,8 @@ from triton_cases import DEVICE, philox_normal
 
 import analogfx
 from analogfx import kernels
+from analogfx.errors import KernelError
 from analogfx.kernels import dispatch, noise
-from analogfx.kernels.dispatch import KernelError
 from analogfx.kernels.spec import MVMSpec, encode
 
 pytestmark = [
@@ -47,7 +47,9 @@ def test_every_config_is_served(monkeypatch, name):
     expected = steps(layer, x, config)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+        floating = value is not None and value.is_floating_point()
+        largest = float(value.abs().max()) if floating else 0.0
+        torch.testing.assert_close(found[key], value, rtol=0, atol=4e-6 * largest, msg=key)
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if "linear" not in n])
@@ -178,15 +180,21 @@ def test_fakes_are_as_what_they_stand_for(monkeypatch, name):
 @pytest.mark.parametrize("config", ["identity", "weight noise", "DAC and ADC", "dynamic"])
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (0, 8)])
 def test_what_follows_may_write_to_the_output(config, shape):
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
-    analog = analogfx.analogize(model, CONFIGS[config]).to(DEVICE)
+    layer = nn.Linear(8, 8)
+    analog = analogfx.analogize(layer, CONFIGS[config]).to(DEVICE)
+    x = torch.randn(shape, device=DEVICE)
     for training in (True, False):
-        x = torch.randn(shape, device=DEVICE, requires_grad=True)
-        analog.train(training)(x).sum().backward()
-        y = analog[0](x)
-        y += x
-        y.sum().backward()
-        assert x.grad.shape == x.shape
+        seen = []
+        for in_place in (True, False):
+            inputs = x.clone().requires_grad_()
+            torch.manual_seed(0)
+            y = analog.train(training)(inputs)
+            y = y.add_(inputs) if in_place else y + inputs
+            y = torch.relu_(y) if in_place else torch.relu(y)
+            y.sum().backward()
+            seen.append((y, inputs.grad))
+            analog.load_state_dict(analogfx.analogize(layer, CONFIGS[config]).state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 def test_a_compiled_site_is_the_eager_one():

@@ -149,7 +149,7 @@ EIGHT_BIT = {**ADC, "inp_res": 254.0, "weight_states": 254.0, "keep": False}
 )
 def test_eight_bit_inference(fields, shape):
     case = Case({**EIGHT_BIT, **fields}, **shape)
-    assert plan.eight_bit(case.spec)
+    assert plan.in_integers(case.spec)
     d = data(case, torch.bfloat16)
     found = {"output": linear.forward(*d.inputs(), case.spec)[0]}
     # Not by the float64 oracle alone: half of a maximum lies on a tie of 254 states.
@@ -203,7 +203,7 @@ def test_codes_of_parts_of_a_parameter_are_kept_beside_one_another():
      {"noise_std": 0.1}, {"out_noise": 0.1}, {"range_mode": "none"}],
 )  # fmt: skip
 def test_what_is_no_eight_bit_inference(fields):
-    assert not plan.eight_bit(Case({**EIGHT_BIT, **fields}).spec)
+    assert not plan.in_integers(Case({**EIGHT_BIT, **fields}).spec)
 
 
 # ------------------------------------------------------------------------------ precision
