@@ -152,21 +152,21 @@ def note_compiled(
         known.seen.update((p, True) for p in parameters)
 
 
-def note_passes(
-    model: nn.Module | None, sites: Collection[CompiledSite], counts: Mapping[str, int]
-) -> Report:
-    """Add what the whole-graph passes changed in one graph, and return the report so far.
+def note_passes(model: nn.Module | None, counts: Mapping[str, int]) -> None:
+    """Add what the whole-graph passes changed in one graph, by the pass's name.
 
     Args:
         model: None for a bare function, of which nothing is kept.
-        sites: the graph's own products.
-        counts: by the pass's name.
     """
-    if model is None:
-        return Report(_named(sites), dict(counts))
-    known = _compiled.setdefault(model, _Compiled())
-    known.passes.update(counts)
-    return report(model)
+    if model is not None:
+        _compiled.setdefault(model, _Compiled()).passes.update(counts)
+
+
+def report_of_graph(
+    model: nn.Module | None, sites: Collection[CompiledSite], counts: Mapping[str, int]
+) -> Report:
+    """The report of a model so far; of a bare function, that of the graph just compiled."""
+    return Report(_named(sites), dict(counts)) if model is None else report(model)
 
 
 def _named(sites: Collection[CompiledSite]) -> tuple[SiteReport, ...]:

@@ -13,6 +13,7 @@ bring parameters and buffers in, see ``stationary.py``; that is all a pass knows
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,20 @@ class StateNames:
     def all(self) -> tuple[str, ...]:
         """Every attribute name, in the order of registration."""
         return (self.input_range, self.count, self.x_min, self.x_max, self.clip)
+
+
+def state_names(parameters: Sequence[str]) -> list[StateNames]:
+    """Lightning's names for the only site of a module; several are told apart by their weight."""
+    if len(parameters) == 1:
+        return [StateNames()]
+    names: list[StateNames] = []
+    for parameter in parameters:
+        stem, number = parameter.replace(".", "_") + "_", 1
+        while StateNames(stem) in names:
+            number += 1
+            stem = f"{parameter.replace('.', '_')}_{number}_"
+        names.append(StateNames(stem))
+    return names
 
 
 @dataclass(frozen=True)

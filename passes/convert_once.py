@@ -108,8 +108,7 @@ def _difference(first: Node, node: Node, views: list[Node], context: Context) ->
     ranges: tuple[Any, Any] = (first.args[RANGE], node.args[RANGE])
     if None not in ranges and not context.same_value(*ranges):
         return "another range"
-    fence = fence_between(first, node)
-    return "" if fence is None else f"{fence.name} stands between"
+    return fence_between(first, node)
 
 
 def _on_grid(node: Node, context: Context) -> bool:
@@ -121,9 +120,8 @@ def _on_grid(node: Node, context: Context) -> bool:
         x = raw_input(x.args[0])
     if not isinstance(x, Node) or x.target is not _DAC or not _alike(x, node, spec, context):
         return False
-    fence = fence_between(x, node)
-    if fence is not None:
-        context.note("convert_once", node, f"{fence.name} stands between")
+    if fence := fence_between(x, node):
+        context.note("convert_once", node, fence)
         return False
     node.update_arg(ANALOG_X, start)
     return True

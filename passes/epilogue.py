@@ -73,8 +73,7 @@ def _objection(node: Node) -> str:
     if not taken and _addend(user, node) is None:
         name = user.target if isinstance(user.target, str) else user.target.__name__
         return f"{name} follows, which is no activation or residual that sites know"
-    fence = fence_between(node, user)
-    return "" if fence is None else f"{fence.name} stands between"
+    return fence_between(node, user)
 
 
 def _activation(node: Node) -> str:

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
-from analogfx.passes.contract import Context, Decision, Site, StateNames, refuse, split_sizes
+from analogfx.passes.contract import (
+    Context,
+    Decision,
+    Site,
+    StateNames,
+    refuse,
+    split_sizes,
+    state_names,
+)
 from analogfx.passes.normalize import CONVOLUTIONS
 from analogfx.passes.stationary import sources, weight_value
 
@@ -73,7 +81,7 @@ def select(graph: Graph, context: Context) -> int:
             chosen.append(node)
         else:
             refuse(node, node.meta["kind"], objection, "select")
-    states = _state_names([n.args[1].meta["parameter"] for n in chosen])
+    states = state_names([n.args[1].meta["parameter"] for n in chosen])
     for index, (node, state) in enumerate(zip(chosen, states, strict=True)):
         node.meta["site"] = _site(node, index, state, context)
         context.sites.append(node.meta["site"])
@@ -111,17 +119,3 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
         config,
         context.training_of(node),
     )
-
-
-def _state_names(parameters: list[str]) -> list[StateNames]:
-    """Lightning's names for the only site of a module; several are told apart by their weight."""
-    if len(parameters) == 1:
-        return [StateNames()]
-    names: list[StateNames] = []
-    for parameter in parameters:
-        stem, number = parameter.replace(".", "_") + "_", 1
-        while StateNames(stem) in names:
-            number += 1
-            stem = f"{parameter.replace('.', '_')}_{number}_"
-        names.append(StateNames(stem))
-    return names

@@ -58,9 +58,7 @@ def _groups(graph: Graph, context: Context) -> list[list[Node]]:
         for group in groups:
             if raw_input(group[0].args[X]) is not raw_input(node.args[X]):
                 continue
-            fence = fence_between(group[0], node)
-            reason = f"{fence.name} stands between" if fence is not None else ""
-            reason = reason or _difference(group[0], node, context)
+            reason = fence_between(group[0], node) or _difference(group[0], node, context)
             if not reason:
                 group.append(node)
                 break

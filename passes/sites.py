@@ -84,14 +84,17 @@ def is_reshape(node: Node) -> bool:
     return node.target in _RESHAPES
 
 
-def fence_between(first: Node, last: Node) -> Node | None:
-    """A node between two others past which nothing may move: a write in place, a change of mode."""
+def fence_between(first: Node, last: Node) -> str:
+    """What keeps a node from moving past those between it and another; empty if nothing does.
+
+    That is a write in place, a change of mode, or an op that runs a graph of its own.
+    """
     node = first.next
     while node is not last and node.op != "root":
         if writes(node) or switches_mode(node) or isinstance(node.target, HigherOrderOperator):
-            return node
+            return f"{node.name} stands between"
         node = node.next
-    return None
+    return ""
 
 
 def switches_mode(node: Node) -> bool:

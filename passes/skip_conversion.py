@@ -51,9 +51,8 @@ def _one_side(node: Node, context: Context) -> bool:
     if source is None:
         context.note("skip_conversion", node, "its input may be below 0")
         return False
-    fence = fence_between(source, node)
-    if fence is not None:
-        context.note("skip_conversion", node, f"{fence.name} stands between")
+    if fence := fence_between(source, node):
+        context.note("skip_conversion", node, fence)
         return False
     node.update_arg(len(node.args) - 1, encode(spec._replace(nonnegative=True)))
     return True

@@ -20,7 +20,7 @@ from analogfx.backend.placement import feed_of
 from analogfx.errors import ConfigError, Conflict
 from analogfx.module import AnalogModule
 from analogfx.passes import pipeline
-from analogfx.report import note_passes
+from analogfx.report import note_passes, report_of_graph
 
 After = Callable[[str, Graph, int], None]
 Inner = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -99,9 +99,9 @@ def rewrite(
     pipeline.run(options.pipeline(), made.graph, context, note)
     keep_results(made)
     made.recompile()
-    placed = note_passes(context.root, feed.sites(), counts)
+    note_passes(context.root, counts)
     if options.report:
-        print(placed)
+        print(report_of_graph(context.root, feed.sites(), counts))
     return Rewritten(made, unfolded, [*inputs], context, feed)
 
 

@@ -8,7 +8,6 @@ both ways.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from analogfx.config import Resolved
 from analogfx.errors import PlacementError
 from analogfx.kernels import reference as ref
 from analogfx.module import as_state
-from analogfx.passes.contract import StateNames
+from analogfx.passes.contract import StateNames, state_names
 
 
 @dataclass(frozen=True)
@@ -127,14 +126,11 @@ class _Ranges:
 
     def named(self) -> Iterator[tuple[list[StateNames], RangeState]]:
         """Every state with the names that it may have, the likeliest first."""
-        seen: Counter[str] = Counter()
-        for (parameter, _), state in self.uses.items():
-            stem = parameter.replace(".", "_")
-            seen[stem] += 1
-            number = f"_{seen[stem]}" if seen[stem] > 1 else ""
-            of_several, of_one = StateNames(f"{stem}{number}_"), StateNames()
+        names = state_names([parameter for parameter, _ in self.uses])
+        for name, ((parameter, _), state) in zip(names, self.uses.items(), strict=True):
             # If the module's other products have not run, the names may be those of several, too.
-            yield ([of_one, of_several] if len(self.uses) == 1 else [of_several]), state
+            of_several = StateNames(f"{parameter.replace('.', '_')}_")
+            yield ([name, of_several] if len(names) == 1 else [name]), state
 
     def load(self, loaded: dict[str, Tensor], path: str) -> None:
         """Take state for the module; nothing of it if it does not fit.

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from samples import captured, product, targets
 
 from analogfx.passes import contract
-from analogfx.passes.contract import StateNames, split_sizes
+from analogfx.passes.contract import StateNames, split_sizes, state_names
 from analogfx.passes.stationary import propagate_stationary, weight_value
 
 
@@ -63,3 +63,8 @@ def test_a_refusal_names_the_largest_weight():
         "so it is",
         "somebody",
     )
+
+
+def test_names_of_several_sites_never_meet():
+    names = state_names(["w", "w", "w_2"])
+    assert len({n.input_range for n in names}) == 3
