@@ -19,7 +19,7 @@ from torch import nn
 from analogfx.api import analogize
 from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError
-from analogfx.module import AnalogModule
+from analogfx.module import AnalogModule, unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -37,8 +37,10 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
     and removed afterwards; so an interrupted save leaves a checkpoint that loads.
 
     Args:
+        analog: what ``analogize`` returned, compiled or in a data-parallel wrapper, too.
         directory: made if it does not exist.
     """
+    analog = unwrapped(analog)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     configs: list[dict[str, Any]] = []

@@ -207,6 +207,17 @@ def _register_state(module: nn.Module, site: AnalogSite, config: Resolved) -> No
     reset_state(module, site)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside what ``torch.compile`` and data-parallel wrappers made of it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 # ----------------------------------------------------------------------------------- weights
 
 

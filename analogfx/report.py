@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.capture import mentions_product
 from analogfx.errors import PlacementError
-from analogfx.module import AnalogModule
+from analogfx.module import AnalogModule, unwrapped
 
 
 @dataclass(frozen=True)
@@ -207,15 +207,17 @@ _NO_PRODUCTS = {f"torch.nn.modules.{name}" for name in ("sparse", "normalization
 def report(analog: nn.Module) -> Report:
     """The placement of an analogized model, or of a compiled one: of what has been compiled so far.
 
+    Looks into what ``torch.compile`` and data-parallel wrappers made of a model.
+
     Raises:
         PlacementError: the model was not analogized.
     """
-    model = getattr(analog, "_orig_mod", analog)
-    placed = getattr(model, "_analog_report", None)
+    model, inner = getattr(analog, "_orig_mod", analog), unwrapped(analog)
+    placed = getattr(inner, "_analog_report", None)
     compiled = _compiled.get(model) if isinstance(model, nn.Module) else None
     if isinstance(placed, Report):
         passes = dict(compiled.passes) if compiled else {}
-        return replace(placed, passes=passes, kernels=_kernels(model))
+        return replace(placed, passes=passes, kernels=_kernels(inner))
     if compiled is not None:
         return compiled.report(model)
     raise PlacementError(

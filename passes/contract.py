@@ -163,19 +163,33 @@ def split_sizes(size: int, limit: int) -> list[int]:
 
 
 def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
-    """Note on a product's node that it stays digital, and why."""
+    """Note on a product's node that it stays digital, and why.
+
+    One op may multiply by several matrices, as a recurrent layer does: the largest is what the
+    node is reported by, the others follow it.
+    """
     operands = [n.meta.get("cut_from", n) for n in node.all_input_nodes]
     weights = [n for n in operands if weight_value(n) is not None]
-    largest = max(weights, key=lambda n: n.meta["stationary"].numel())
-    node.meta["decision"] = Decision(
-        name=largest.meta["parameter"],
-        kind=kind,
-        weight_shape=tuple(largest.meta["stationary"].shape),
-        tile_grid=(0, 0),
-        status="digital",
-        reason=reason,
-        decided_by=decided_by,
+    weights.sort(key=lambda n: n.meta["stationary"].numel(), reverse=True)
+    matrices = [n for n in weights[1:] if n.meta["stationary"].dim() > 1]
+    node.meta["decision"], *node.meta["further_decisions"] = (
+        Decision(
+            name=weight.meta["parameter"],
+            kind=kind,
+            weight_shape=tuple(weight.meta["stationary"].shape),
+            tile_grid=(0, 0),
+            status="digital",
+            reason=reason,
+            decided_by=decided_by,
+        )
+        for weight in (weights[0], *matrices)
     )
+
+
+def decisions_of(node: Node) -> list[Decision]:
+    """What was decided about the products of one node; nothing for a node that is none."""
+    meta = node.meta
+    return [meta["decision"], *meta.get("further_decisions", ())] if "decision" in meta else []
 
 
 _ORIGIN = ("nn_module_stack", "from_fused", "recompute", "ac_graph_id")

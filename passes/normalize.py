@@ -185,6 +185,10 @@ _DIGITAL: dict[Any, str] = {
 }
 
 
+_RECURRENT = {"gru", "lstm", "rnn_relu", "rnn_tanh"}
+"""torch's functions that run a whole recurrent layer, by name: they are torch._VF's."""
+
+
 def normalize(graph: Graph, context: Context) -> int:
     """Give every product with a parameter its canonical form.
 
@@ -235,7 +239,8 @@ def _unmapped_product(node: Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         name = str(node.target).split(".")[1]
-    return _DIGITAL.get(node.target) or (name if "grouped_mm" in name else "")
+    known = "grouped_mm" in name or name in _RECURRENT
+    return _DIGITAL.get(node.target) or (name if known else "")
 
 
 def _keep_origin(node: Node, before: Node) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import Graph
 
-from analogfx.passes.contract import Context, Decision
+from analogfx.passes.contract import Context, Decision, decisions_of
 from analogfx.passes.convert_once import convert_once
 from analogfx.passes.epilogue import epilogue
 from analogfx.passes.freeze import freeze
@@ -61,4 +61,4 @@ def run(
 
 def decisions(graph: Graph) -> list[Decision]:
     """What was decided about every product with a parameter in a graph, in its order."""
-    return [n.meta["decision"] for n in graph.nodes if "decision" in n.meta]
+    return [decision for node in graph.nodes for decision in decisions_of(node)]

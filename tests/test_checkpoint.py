@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from samples import CONFIGS, EVERYTHING, IDENTITY, TILES, merged, mlp
+from samples import COARSE, CONFIGS, EVERYTHING, IDENTITY, TILES, merged, mlp
 from torch import nn
 
 import analogfx
@@ -314,3 +314,13 @@ def test_what_is_no_checkpoint_says_what_was_expected(tmp_path, what):
 def test_an_analog_model_is_no_model_to_load_into(folder):
     with pytest.raises(analogfx.errors.CaptureError, match="analog already"):
         analogfx.load(analogfx.analogize(mlp(), MIXED), folder)
+
+
+def test_a_wrapped_model_is_saved_as_itself(tmp_path):
+    model = mlp()
+    analog = analogfx.analogize(model, COARSE)
+    analogfx.save(torch.compile(nn.DataParallel(analog)), tmp_path)
+    again = analogfx.load(mlp(seed=1), tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(analog.parameters(), again.parameters(), strict=True)
+    )

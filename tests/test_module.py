@@ -19,7 +19,7 @@ from torch import nn
 
 import analogfx
 from analogfx.errors import CaptureError
-from analogfx.module import AnalogModule, analog_class, row_maxima, sites
+from analogfx.module import AnalogModule, analog_class, row_maxima, sites, unwrapped
 from analogfx.program import explicit_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -391,3 +391,9 @@ def test_the_explicit_level_ends_with_its_context():
         raise ValueError("inside")
     analog(x)
     assert called == ["fused", "explicit", "explicit", "explicit", "fused"]
+
+
+def test_what_wraps_a_model_is_looked_through():
+    model = nn.Linear(2, 2)
+    wrapped = torch.compile(nn.DataParallel(torch.compile(model)))
+    assert unwrapped(wrapped) is model and unwrapped(model) is model

@@ -83,3 +83,8 @@ def test_the_report_of_an_analog_model():
 def test_a_model_that_was_not_analogized_as_a_whole_has_none(model):
     with pytest.raises(PlacementError, match="carries no placement: pass what analogize"):
         analogfx.report(model)
+
+
+def test_a_wrapped_model_has_its_models_report():
+    analog = analogfx.analogize(mlp(), IDENTITY)
+    assert analogfx.report(nn.DataParallel(analog)) == analogfx.report(analog)

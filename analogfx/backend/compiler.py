@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch._guards import TracingContext, detect_fake_mode
 from torch.fx import Graph, GraphModule
 
@@ -21,6 +23,9 @@ from analogfx.errors import ConfigError, Conflict
 from analogfx.module import AnalogModule
 from analogfx.passes import pipeline
 from analogfx.report import note_passes, report_of_graph
+
+# Dynamo leaves a whole function as it is, digital, where a recurrent layer is called in it.
+torch._dynamo.config.allow_rnn = True
 
 After = Callable[[str, Graph, int], None]
 Inner = Callable[[GraphModule, list[Any]], Callable[..., Any]]

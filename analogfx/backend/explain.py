@@ -80,12 +80,15 @@ def explain(
 
     Raises:
         ConfigError, CaptureError: as the backend.
+        TypeError: an input stands in the place of the config.
     """
     from torch._dynamo.exc import BackendCompilerFailed
 
     from analogfx.backend.compiler import finish, rewrite
     from analogfx.backend.options import parse
 
+    if isinstance(rpu_config, torch.Tensor):
+        raise TypeError("explain() takes a config before the inputs: explain(analog, None, x)")
     options = parse({"rpu_config": rpu_config, "passes": passes})
     found: list[GraphExplanation] = []
 

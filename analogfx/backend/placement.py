@@ -14,7 +14,7 @@ from analogfx.backend.feed import Feed, Product
 from analogfx.backend.options import Options
 from analogfx.backend.state import Place
 from analogfx.passes import pipeline
-from analogfx.passes.contract import Context, Decision
+from analogfx.passes.contract import Context, Decision, decisions_of
 from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
 from analogfx.report import CompiledSite, SiteReport
@@ -36,10 +36,8 @@ def feed_of(module: GraphModule, context: DynamoContext, options: Options) -> Fe
 def _products(module: GraphModule, context: DynamoContext) -> Iterator[Product]:
     placeholders = module.graph.find_nodes(op="placeholder")
     analog = {id(site.decision): site for site in context.sites}
-    for node in module.graph.nodes:
-        decision: Decision | None = node.meta.get("decision")
-        if decision is None:
-            continue
+    products = ((node, d) for node in module.graph.nodes for d in decisions_of(node))
+    for node, decision in products:
         weight = context.weights[decision.name]
         site = SiteReport(**vars(decision))
         if decision.status == "digital":
@@ -69,10 +67,7 @@ def _hidden(module: GraphModule) -> list[Product]:
     found = []
     for name, graph in dynamo.inner_graphs(module):
         pipeline.run((normalize, select), graph, Context(None, False))
-        for node in graph.nodes:
-            decision: Decision | None = node.meta.get("decision")
-            if decision is None:
-                continue
+        for node, decision in ((n, d) for n in graph.nodes for d in decisions_of(n)):
             reason = f"inside {name}, whose graph the passes do not enter"
             warnings.warn(
                 f"{decision.name} stays digital: it is {reason}. analogize() makes it analog",

@@ -65,12 +65,13 @@ def export_onnx(
             the file disagrees with the model. What was at ``path`` stays as it was.
     """
     _require()
+    from analogfx.module import unwrapped
     from analogfx.onnx.export import export
 
     if not isinstance(args, (tuple, list)):
         raise OnnxError(f"args is a {type(args).__name__}: expected a tuple of inputs")
     export(
-        analog,
+        unwrapped(analog),
         tuple(args),
         path,
         kwargs=kwargs or {},

@@ -157,7 +157,12 @@ def _transformers(folder: Path) -> nn.Module:
     except (OSError, ValueError) as error:
         raise OnnxError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
     config.use_cache = False  # a cache is no tensor
-    name = (config.architectures or [type(config).__name__])[0]
+    if not config.architectures:
+        raise OnnxError(
+            f"{folder}/config.json: it names no architecture, as a model's save_pretrained() does: "
+            "name the model with --model package.module:factory"
+        )
+    name = config.architectures[0]
     architecture = getattr(transformers, name, None)
     if architecture is None:
         raise OnnxError(f"{folder}/config.json: transformers has no {name!r}")

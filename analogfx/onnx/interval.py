@@ -30,11 +30,23 @@ def interval(site: Programmed, x: Tensor, bias: Tensor | None) -> tuple[Tensor, 
         Two tensors of the output's shape and of x's dtype.
     """
     compute = _linear if site.call.window is None else _convolution
-    low, high = compute(site, ref.wide(x))
+    low, high = compute(site, ref.wide(x), _unrounded(x))
     if bias is not None:
         added = ref.wide(bias).reshape(-1, *[1] * _places(site))
         low, high = low + added, high + added
     return low.to(x.dtype), high.to(x.dtype)
+
+
+def _unrounded(x: Tensor) -> Tensor | None:
+    """How far from a float16 x what a runtime converts may be; None in other dtypes.
+
+    ONNX Runtime has no float16 kernels for some activations. It computes them in float32 and leaves
+    out the rounding to float16 where a cast back follows, as in front of a DAC.
+    """
+    if x.dtype != torch.float16:
+        return None
+    info = torch.finfo(x.dtype)
+    return ref.wide(x).abs().clamp_min(info.smallest_normal) * (info.eps / 2)
 
 
 def _places(site: Programmed) -> int:
@@ -42,30 +54,39 @@ def _places(site: Programmed) -> int:
     return 0 if site.call.window is None else len(site.call.window.stride)
 
 
-def _linear(site: Programmed, x: Tensor) -> tuple[Tensor, Tensor]:
+def _linear(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
     groups, sizes = site.spec.groups, list(site.spec.in_sizes)
-    xs = x.unflatten(-1, (groups, sum(sizes))).split(sizes, -1)
+
+    def by_tile(t: Tensor) -> tuple[Tensor, ...]:
+        return t.unflatten(-1, (groups, sum(sizes))).split(sizes, -1)
+
+    xs = by_tile(x)
+    offs = [None] * len(sizes) if off is None else by_tile(off)
     ws = site.held().cpu().unflatten(0, (groups, -1)).split(sizes, -1)
     low = high = x.new_zeros(())
-    for tile, (x_t, w_t) in enumerate(zip(xs, ws, strict=True)):
-        converted, r = _converted(site, x_t, tile)
+    for tile, (x_t, off_t, w_t) in enumerate(zip(xs, offs, ws, strict=True)):
+        converted, spread, r = _converted(site, x_t, off_t, tile)
         y = torch.einsum("...gi,goi->...go", converted, w_t)
         size = torch.einsum("...gi,goi->...go", converted.abs(), w_t.abs())
         slack = size * _units(w_t.shape[-1], w_t.dtype)
+        if spread is not None:
+            slack = slack + torch.einsum("...gi,goi->...go", spread, w_t.abs())
         low = low + _digitized(site, y - slack, r, tile)
         high = high + _digitized(site, y + slack, r, tile)
     return low.flatten(-2), high.flatten(-2)
 
 
-def _convolution(site: Programmed, x: Tensor) -> tuple[Tensor, Tensor]:
+def _convolution(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
     window, groups = site.call.window, site.spec.groups
     assert window is not None
     held = site.held().cpu()
     kernel = held.view(held.shape[0], -1, *window.kernel_size)
-    converted, r = _converted(site, x, 0)
+    converted, spread, r = _converted(site, x, off, 0)
     y = convolve(converted, kernel, window, groups)
     size = convolve(converted.abs(), kernel.abs(), window, groups)
     slack = size * _units(held.shape[1], held.dtype)
+    if spread is not None:
+        slack = slack + convolve(spread, kernel.abs(), window, groups)
     return _digitized(site, y - slack, r, 0), _digitized(site, y + slack, r, 0)
 
 
@@ -77,17 +98,23 @@ def _units(depth: int, dtype: torch.dtype) -> float:
     return (2 * depth + _OTHER_ROUNDINGS) * torch.finfo(dtype).eps / 2
 
 
-def _converted(site: Programmed, x_t: Tensor, tile: int) -> tuple[Tensor, Tensor | None]:
-    """A tile's input behind the DAC, and its range."""
+def _converted(
+    site: Programmed, x_t: Tensor, off: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A tile's input behind the DAC, how far from it another's may be, and its range."""
     mode, ranges = site.spec.range_mode, site.input_range()
     if mode == "none":
-        return x_t, None
+        return x_t, off, None
     if mode == "dynamic":
         r = ref.range_dynamic(x_t)
     else:
         assert ranges is not None
         r = ranges[tile].cpu()
-    return ref.dac(x_t, r, site.spec.inp_res, clamp=mode != "dynamic"), r
+    clamp, res = mode != "dynamic", site.spec.inp_res
+    if off is None:
+        return ref.dac(x_t, r, res, clamp), None, r
+    low, high = (ref.dac(x, r, res, clamp) for x in (x_t - off, x_t + off))
+    return (low + high) / 2, (high - low) / 2, r
 
 
 def _digitized(site: Programmed, y: Tensor, r: Tensor | None, tile: int) -> Tensor:

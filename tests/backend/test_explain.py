@@ -131,3 +131,8 @@ def test_what_the_backend_refuses_is_refused():
 def test_importing_the_package_imports_no_compiler():
     code = "import sys, analogfx; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_input_in_the_place_of_the_config_is_named():
+    with pytest.raises(TypeError, match=r"explain\(analog, None, x\)"):
+        analogfx.explain(mlp(), torch.randn(2, 8))

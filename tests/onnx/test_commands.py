@@ -115,6 +115,7 @@ def test_a_module_that_cannot_be_imported(text, error, checkpoint, tmp_path, mon
         ("{", "not a valid JSON"),
         ('{"model_type": "nonesuch"}', "nonesuch"),
         ('{"model_type": "llama", "architectures": ["Nope"]}', "transformers has no 'Nope'"),
+        ('{"model_type": "llama"}', "names no architecture"),
     ],
 )
 def test_transformers_configs_that_are_none(text, message, checkpoint, tmp_path):
