@@ -23,7 +23,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_unflatten
 
 from analogfx.errors import OnnxError
 from analogfx.onnx.calls import SITE, SiteCall, is_site, numbered, site_calls, translate
@@ -72,6 +72,7 @@ def capture(
     for place in model.graph.inputs:
         _unname_fixed_axes(place)
     _simplify(model)
+    _name_outputs(model.graph, program)
     _forget_the_trace(model)
     return Captured(model, tuple(site_calls(analog, model.graph)))
 
@@ -83,6 +84,30 @@ def _check_outputs(analog: nn.Module, program: ExportedProgram) -> None:
                 f"{type(analog).__name__}: output {number} is {spec.arg.value!r}, which is no "
                 "tensor: return tensors alone"
             )
+
+
+def _name_outputs(graph: ir.Graph, program: ExportedProgram) -> None:
+    """Call outputs what the model calls them, such as "logits", whatever computes them."""
+    taken = {v.name for v in graph.inputs} | set(graph.initializers)
+    taken |= {v.name for node in graph.all_nodes() for v in node.outputs}
+    numbered = tree_unflatten(list(range(len(graph.outputs))), program.call_spec.out_spec)
+    for number, path in _leaves(numbered):
+        name, value = "_".join(path) or "output", graph.outputs[number]
+        if name not in taken and not value.is_graph_input() and not value.is_initializer():
+            value.name = name
+            taken.add(name)
+
+
+def _leaves(value: Any, *path: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The numbers of outputs in what a model returns, each with its path there."""
+    if isinstance(value, int):
+        yield value, path
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, *path, str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            yield from _leaves(part, *(path or ("output",)), str(number))
 
 
 def _simplify(model: ir.Model) -> None:

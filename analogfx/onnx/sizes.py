@@ -39,7 +39,7 @@ def capture_sized(
     except OnnxError as error:
         captured, reason = capture(analog, args, kwargs, None, opset), str(error)
     tensors = tensors_of(arguments)
-    _share_the_batch(captured.model.graph, tensors)
+    _name_axes(captured.model.graph, tensors)
     fixed = _fixed_axes(captured, tensors)
     if fixed:
         warnings.warn(
@@ -69,21 +69,26 @@ def _as_asked(
         ) from error
 
 
-def _share_the_batch(graph: ir.Graph, arguments: Sequence[Tensor]) -> None:
-    """One name for the batch of all inputs: a model may never compare the sizes of two."""
-    pairs = [
-        (str(axis.value), tensor.shape[0])
-        for place, tensor in zip(graph.inputs, arguments, strict=True)
-        if place.shape and isinstance(axis := place.shape[0], ir.SymbolicDim)
-    ]
-    others = {name for name, size in pairs if size == pairs[0][1] and name != pairs[0][0]}
-    if not others:
+def _name_axes(graph: ir.Graph, arguments: Sequence[Tensor]) -> None:
+    """Name the free axes, and the batch of all inputs alike: a model may never compare two."""
+    names: dict[str, str] = {}
+    batch = next((tensor.shape[:1] for tensor in arguments), None)
+    for place, tensor in zip(graph.inputs, arguments, strict=True):
+        for axis, size in enumerate(place.shape or ()):
+            if not isinstance(size, ir.SymbolicDim) or str(size.value) in names:
+                continue
+            if axis == 0 and tensor.shape[:1] == batch:
+                names[str(size.value)] = "batch"
+            elif axis == 1 and "sequence" not in names.values():
+                names[str(size.value)] = "sequence"
+    if not names:
         return
-    twin = re.compile(rf"\b({'|'.join(map(re.escape, others))})\b")
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
     for value in _values(graph):
         for axis, size in enumerate(value.shape or ()):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[axis] = twin.sub(pairs[0][0], size.value)  # type: ignore[index]
+                named = symbol.sub(lambda found: names[found[0]], size.value)
+                value.shape[axis] = named  # type: ignore[index]
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

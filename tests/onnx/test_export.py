@@ -448,6 +448,39 @@ def test_what_no_runtime_here_runs_is_told(tmp_path):
         export_onnx(analog, (x.bfloat16(),), tmp_path / "m", level="qdq")
 
 
+def shapes(values):
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+    }
+
+
+def test_outputs_and_free_axes_have_the_models_names(tmp_path):
+    x = cases.example("llama")
+    analog = cases.analog(cases.TRANSFORMERS["llama"], cases.CONFIGS["afm"], x)
+    inputs = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+    export_onnx(analog, (), tmp_path / "model.onnx", kwargs=inputs)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert shapes(graph.input) == {name: ["batch", "sequence"] for name in inputs}
+    assert shapes(graph.output) == {"logits": ["batch", "sequence", 50]}
+
+
+def test_outputs_without_names_are_numbered(tmp_path):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y, {"more": y + 1}
+
+    x = torch.randn(2, 4)
+    analog = cases.analog(Several, cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert shapes(graph.output) == {"output_0": ["batch", 3], "output_1_more": ["batch", 3]}
+
+
 @pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Tanh])
 def test_a_runtime_may_leave_out_a_rounding_to_float16_before_a_dac(tmp_path, activation):
     # ONNX Runtime computes these in float32, and in front of a site drops the cast to float16.
