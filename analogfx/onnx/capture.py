@@ -166,21 +166,9 @@ def _export(
                 analog, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
             )
     except Exception as error:  # any code may fail in any way while it is traced
-        _run(analog, args, kwargs)
         raise OnnxError(
             f"{_place(analog, error)} has no single graph: {line(error)}. Leave out what is no "
             "tensor or depends on values (for transformers: use_cache=False)"
-        ) from error
-
-
-def _run(analog: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse inputs that the model itself does not take."""
-    try:
-        with torch.no_grad():
-            analog(*args, **kwargs)
-    except Exception as error:
-        raise OnnxError(
-            f"{type(analog).__name__} does not run on these inputs: {line(error)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from analogfx.onnx import arguments, storage
 from analogfx.onnx import noise as draws
 from analogfx.onnx import verify as verification
 from analogfx.onnx.calls import SiteCall
-from analogfx.onnx.capture import Captured
+from analogfx.onnx.capture import Captured, line
 from analogfx.onnx.levels import LEVELS
 from analogfx.onnx.operators import AnalogConv, AnalogLinear, Seeds
 from analogfx.onnx.runtimes import load
@@ -66,6 +67,7 @@ def export(
     modes = {module: module.training for module in analog.modules()}
     analog.eval()
     try:
+        _check_call(analog, args, kwargs)
         captured = capture_sized(analog, args, kwargs, dynamic_shapes, opset)
         written = _lower(captured, level, opset, seed if noise else None)
         _annotate(captured.model, analog, level, written)
@@ -111,6 +113,17 @@ def _check_request(
     for name, tensor in (*analog.named_parameters(), *analog.named_buffers()):
         if tensor.is_meta:
             raise OnnxError(f"{name} is on the meta device, it has no values to export")
+
+
+def _check_call(analog: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs that the model itself does not take, before torch tells it in its own way."""
+    try:
+        with torch.no_grad():
+            analog(*args, **kwargs)
+    except Exception as error:
+        raise OnnxError(
+            f"{type(analog).__name__} does not run on these inputs: {line(error)}"
+        ) from error
 
 
 # --------------------------------------------------------------------------------- lowering
