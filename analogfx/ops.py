@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.compiled import (
-    differentiable,
-    draws_by_sample,
-    keep_in_order,
-    keep_result,
-    order_in_inductor,
-)
+from analogfx.compiled import keep_in_order, keep_result, order_in_inductor
 from analogfx.kernels import conv, dispatch, linear, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
+from analogfx.transforms import differentiable, draws_by_sample
 
 _library = torch.library.Library("analogfx", "DEF")
 
@@ -457,7 +452,7 @@ def _analog_linear_backward(*args: Any) -> Any:
 
 def _analog_conv(*args: Any) -> Any:
     *tensors, window, text = args
-    dispatch.serves(dispatch.refused_convolution(tensors[0]))
+    dispatch.serves(dispatch.refused_convolution(tensors[0]))  # an error if they were asked for
     return conv.forward(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
 
 

@@ -22,7 +22,6 @@ from analogfx.capture import (
     source,
     takes_constants,
 )
-from analogfx.compiled import in_transform
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
 from analogfx.errors import CaptureError
 from analogfx.kernels import dispatch
@@ -31,6 +30,7 @@ from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site, StateNames
 from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
+from analogfx.transforms import in_transform
 
 _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""

@@ -15,23 +15,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from analogfx.capture import mentions_product
 from analogfx.errors import PlacementError
 from analogfx.module import AnalogModule, unwrapped
+from analogfx.passes.contract import Decision
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """Where one product with a parameter went."""
+class SiteReport(Decision):
+    """Where one product with a parameter went.
 
-    name: str
-    """Path of the module, and of the parameter where the module has more than one product."""
-    kind: str
-    weight_shape: tuple[int, ...]
-    tile_grid: tuple[int, int]
-    """Tiles along the inputs and along the outputs; (0, 0) for a digital product."""
-    status: str
-    """"analog" or "digital"."""
-    reason: str
-    decided_by: str
-    """The pass, or "capture" for a module whose graph is not to be had."""
+    ``name`` is the module's path, and the parameter's where the module has more than one product;
+    ``decided_by`` is "capture" for a module whose graph is not to be had.
+    """
+
     asked: bool = False
     """Whether the config itself leaves the product digital."""
 

@@ -1,6 +1,8 @@
-"""How the kernels compute a linear product: chosen by shape and config, here and nowhere else.
+"""How the kernels compute a linear product: chosen by shape and config.
 
-Known without data and without triton, so that a report can say it.
+Known without data and without triton, so that a report can say it. Block sizes are chosen in
+``triton/blocks.py``; a product of the backward for which nothing is masked, clamped or converted is
+torch's own, too (``triton/linear.py``).
 """
 
 from __future__ import annotations

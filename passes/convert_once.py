@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from analogfx.kernels import prepared
 from analogfx.kernels.spec import MVMSpec
 from analogfx.passes.contract import Context
-from analogfx.passes.freeze import is_frozen, keep
+from analogfx.passes.frozen import is_frozen, keep
 from analogfx.passes.sites import (
     ANALOG_X,
     RANGE,

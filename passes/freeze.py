@@ -2,8 +2,7 @@
 
 Every fused site becomes two nodes: ``prepare``, which makes of its weight what the tiles hold and
 what scales their bounds, and the product, in plain torch ops that a compiler fuses with what
-stands around them. Nodes whose values can be kept from call to call carry ``meta["frozen"]`` and
-come first in the graph; whoever runs it keeps their values until a weight changes.
+stands around them.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from analogfx import ops
 from analogfx.kernels import dispatch, patches, prepared
 from analogfx.kernels.spec import encode
 from analogfx.passes.contract import Context, sweep
+from analogfx.passes.frozen import is_frozen, keep
 from analogfx.passes.sites import FusedSite, fused_sites, raw_input, switches_mode
 from analogfx.passes.stationary import propagate_stationary, without_cast
 
@@ -84,25 +84,6 @@ def _example(operand: Any) -> Any:
     return raw.meta.get("stationary") if value is None else value
 
 
-def is_frozen(node: Node) -> bool:
-    """Whether a value depends on weights alone and is the same at every call."""
-    if "stationary" not in node.meta or node.meta.get("written"):
-        return False
-    if node.op not in ("call_function", "call_method"):
-        return node.op in ("placeholder", "get_attr")
-    return not _is_random(node) and all(is_frozen(n) for n in node.all_input_nodes)
-
-
-def _is_random(node: Node) -> bool:
-    """Whether a call draws random numbers, as ATen's own tags say."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return False
-    overloads = (getattr(packet, o) for o in packet.overloads())
-    return any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
-
-
 def _prepare(graph: Graph, site: FusedSite, ready: dict[Any, Node]) -> None:
     """Take a site apart.
 
@@ -161,15 +142,3 @@ def _unwrap_batch(y: Node, x: Node) -> None:
             y.meta |= user.meta
             user.replace_all_uses_with(y)
             user.graph.erase_node(user)
-
-
-def keep(graph: Graph, node: Any) -> None:
-    """Mark a value, and all that it is computed from, as one to keep; move it to the front."""
-    if not isinstance(node, Node) or node.op == "placeholder" or node.meta.get("frozen"):
-        return
-    for source in node.all_input_nodes:
-        keep(graph, source)
-    node.meta["frozen"] = True
-    front = [n for n in graph.nodes if n.op == "placeholder" or n.meta.get("frozen")]
-    last = [n for n in front if n is not node][-1]
-    last.append(node)

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from analogfx.kernels import prepared
 from analogfx.kernels.spec import encode
 from analogfx.passes.contract import Context, sweep
-from analogfx.passes.freeze import keep
+from analogfx.passes.frozen import keep
 from analogfx.passes.sites import (
     ADC,
     ANALOG_X,

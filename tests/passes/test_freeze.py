@@ -10,7 +10,8 @@ from whole_graph import PREPARED, Case, set_ranges
 
 from analogfx.kernels import dispatch, prepared
 from analogfx.kernels.spec import encode
-from analogfx.passes.freeze import freeze, is_frozen
+from analogfx.passes.freeze import freeze
+from analogfx.passes.frozen import is_frozen
 from analogfx.passes.sites import fused_sites
 
 pytestmark = pytest.mark.usefixtures("one_thread")
