@@ -76,6 +76,14 @@ class Program:
     """What every site was lowered to; None for a chain that stayed explicit."""
 
 
+class _ModuleContext(Context):
+    """Answers for a graph that runs with the module itself as ``self``."""
+
+    def path(self, graph: Graph, site: Site) -> Node:
+        """Read from the placement: modules of other paths share the graph."""
+        return graph.create_node("get_attr", "_analog.name")
+
+
 class Lowered(NamedTuple):
     """The fused op of one site."""
 
@@ -100,7 +108,7 @@ def build(
         CaptureError: the forward cannot be traced.
     """
     graph = capture(module, training, pattern)
-    context = Context(config, training)
+    context = _ModuleContext(config, training)
     after = None
     if debug_dir is not None:
         after = functools.partial(_write, debug_dir, itertools.count(1))

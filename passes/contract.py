@@ -23,6 +23,9 @@ from torch.fx import Graph, Node
 from analogfx.config import Resolved
 from analogfx.passes.stationary import weight_value
 
+CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+"""The canonical convolutions and their spatial axes."""
+
 
 class Refused(Exception):
     """A product cannot take the form that a pass wants; the text says why, for the report."""
@@ -140,6 +143,10 @@ class Context:
     def attribute(self, graph: Graph, site: Site, name: str) -> Any:
         """What stands for an attribute of the site's module, at the insertion point."""
         return graph.create_node("get_attr", name)
+
+    def path(self, graph: Graph, site: Site) -> Any:
+        """What stands for the path of the site's module in messages, at the insertion point."""
+        return ""
 
     def same_value(self, first: Node, second: Node) -> bool:
         """Whether two frozen nodes hold the same values."""

@@ -19,41 +19,9 @@ from analogfx import ops
 from analogfx.config import Resolved
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
-from analogfx.passes.contract import Context, Site, keep_origin
-from analogfx.passes.normalize import CONVOLUTIONS
+from analogfx.passes.chain import Emitter, dialect
+from analogfx.passes.contract import CONVOLUTIONS, Context
 from analogfx.passes.stationary import weight_value
-
-dialect = torch.ops.analogfx
-
-
-class Emitter:
-    """Adds nodes for one site and notes on each which site it belongs to and its role."""
-
-    def __init__(self, graph: Graph, site: Site, context: Context) -> None:
-        """Emit at the graph's present insertion point."""
-        self.graph = graph
-        self.site = site
-        self.context = context
-
-    def _made(self, node: Node, role: str) -> Node:
-        node.meta["made"] = (self.site.index, role)
-        keep_origin(node, self.site.product)
-        return node
-
-    def call(self, role: str, target: Any, *args: Any) -> Node:
-        """A call of a function."""
-        return self._made(self.graph.call_function(target, args), role)
-
-    def method(self, role: str, name: str, *args: Any) -> Node:
-        """A call of a tensor method."""
-        return self._made(self.graph.call_method(name, args), role)
-
-    def attribute(self, role: str, name: str) -> Any:
-        """An attribute of the module, as whoever captured the graph brings it in."""
-        value = self.context.attribute(self.graph, self.site, name)
-        # An input that holds state belongs to every site that shares it.
-        ours = isinstance(value, Node) and value.op == "get_attr"
-        return self._made(value, role) if ours else value
 
 
 def insert(graph: Graph, context: Context) -> int:
@@ -107,7 +75,7 @@ def _input(emit: Emitter, x: Any, w: Node, bias: Node | None) -> Node:
     """The site's input, cast and checked before anything depends on it."""
     shape = emit.site.decision.weight_shape
     features, dims = emit.site.groups * shape[1], len(shape) - 2
-    name = emit.attribute("state", "_analog.name")
+    name = emit.path("state")
     cast = emit.call("input", ops.autocast, x)
     return emit.call("input", ops.checked, cast, w, bias, features, dims, name)
 

@@ -17,9 +17,8 @@ from analogfx import ops
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.passes.chain import PER_TILE, Emitter, dialect, made_for, role
 from analogfx.passes.contract import Context, Site, sweep
-from analogfx.passes.insert import Emitter, dialect
-from analogfx.passes.map_tiles import PER_TILE, made_for, role
 
 
 def lower(graph: Graph, context: Context) -> int:

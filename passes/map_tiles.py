@@ -14,23 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from analogfx.passes.chain import PER_TILE, made_for, role
 from analogfx.passes.contract import Context, Site, keep_origin
-
-# Nodes that every tile has its own of; the rest of a site is computed once.
-PER_TILE = {
-    "tile", "tile_range", "dac", "tile_clip", "row_max", "tile_max", "clip", "quantize",
-    "weight_noise", "mvm", "output_normal", "output_noise", "adc",
-}  # fmt: skip
-
-
-def made_for(graph: Graph, site: Site) -> list[Node]:
-    """The nodes of one site, in order."""
-    return [n for n in graph.nodes if n.meta.get("made", (None,))[0] == site.index]
-
-
-def role(node: Node) -> str:
-    """What a node of a site is for."""
-    return node.meta["made"][1]
 
 
 def map_tiles(graph: Graph, context: Context) -> int:

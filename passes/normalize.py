@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from analogfx.passes.contract import (
+    CONVOLUTIONS,
     Context,
     Refused,
     keep_origin,
@@ -28,7 +29,6 @@ from analogfx.passes.contract import (
 from analogfx.passes.einsum import normalize_einsum
 from analogfx.passes.stationary import propagate_stationary, weight_value
 
-CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _CONVOLUTION_ALIASES: dict[Any, Any] = {
     torch.conv1d: F.conv1d,
     torch.conv2d: F.conv2d,

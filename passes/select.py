@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
 from analogfx.passes.contract import (
+    CONVOLUTIONS,
     Context,
     Decision,
     Site,
@@ -19,7 +20,6 @@ from analogfx.passes.contract import (
     split_sizes,
     state_names,
 )
-from analogfx.passes.normalize import CONVOLUTIONS
 from analogfx.passes.stationary import sources, weight_value
 
 # Ops that only rename a parameter's elements: what they give can be written back.

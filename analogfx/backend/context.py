@@ -92,9 +92,7 @@ class DynamoContext(Context):
         return self.owners[node]
 
     def attribute(self, graph: Graph, site: Site, name: str) -> Any:
-        """An input that holds a site's state, made on first use; or a constant."""
-        if name == "_analog.name":
-            return site.decision.name
+        """An input that holds a site's state, made on first use."""
         node = self.parameter(site.weight)
         position = graph.find_nodes(op="placeholder").index(node)
         weight, module = dynamo.example(node), self._module(site.product, node)
@@ -108,6 +106,10 @@ class DynamoContext(Context):
                 for number, tensor in enumerate(state_of(weight, slot, lambda: home).tensors())
             ]
         return self.slots[position, slot][site.state.all().index(name)]
+
+    def path(self, graph: Graph, site: Site) -> str:
+        """The parameter's name: one graph serves many modules."""
+        return site.decision.name
 
     def _add_state(self, graph: Graph, name: str, value: Tensor) -> Node:
         node = dynamo.add_input(graph, name, self.fake_mode.from_tensor(value, static_shapes=True))

@@ -15,9 +15,10 @@ from samples import (
 )
 
 import analogfx
+from analogfx.passes.chain import PER_TILE
 from analogfx.passes.contract import split_sizes
 from analogfx.passes.insert import insert
-from analogfx.passes.map_tiles import PER_TILE, map_tiles
+from analogfx.passes.map_tiles import map_tiles
 from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
 

@@ -5,7 +5,8 @@ from samples import IDENTITY, after, product, run, targets, text
 from torch import nn
 
 import analogfx
-from analogfx.passes.normalize import CONVOLUTIONS, normalize
+from analogfx.passes.contract import CONVOLUTIONS
+from analogfx.passes.normalize import normalize
 
 W, X = (4, 6), (3, 6)
 
