@@ -1,4 +1,4 @@
-"""What an analog layer costs beside a digital one: ``python tools/bench.py --device cpu|cuda``.
+"""What an analog layer costs beside a digital one: ``python tools/bench.py --device NAME``.
 
 ``--compile`` is another benchmark, of whole models under ``torch.compile``: ``bench_compile``.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import roofline
 import torch
-from bench_devices import Cpu, Cuda, Device, Row
+from bench_devices import Cpu, Cuda, Device, Row, SmallLayers
 from bench_layers import ARMS, SUITES, Suite, measure
 from bench_rows import DIGITAL, ROOT, append_rows, environment, latest_rows, tables
 from tables import aligned, with_section
@@ -26,12 +26,14 @@ ROWS = ROOT / "tools" / "bench_rows.jsonl"
 PAGE = ROOT / "docs" / "benchmark.md"
 TESTS = {
     "cpu": tuple(f"tests/test_parity_{of}.py" for of in ("linear", "conv", "training")),
+    "cpu-small": ("tests/test_parity_linear.py",),
     "cuda": ("tests/kernels",),
 }
 """What must be green before anything is measured."""
 
 COMMANDS = {
     "cpu": "python tools/bench.py --table",
+    "cpu-small": "python tools/bench.py --device cpu-small --table",
     "cuda": "python tools/bench.py --device cuda --table",
 }
 """The commands that write the sections of the page."""
@@ -46,8 +48,8 @@ def require_green(*tests: str) -> None:
 
 def find_device(name: str) -> Device:
     """The device of a name; ends the program where there is none."""
-    if name == "cpu":
-        return Cpu()
+    if name != "cuda":
+        return {device.name: device for device in (Cpu(), SmallLayers())}[name]
     if not torch.cuda.is_available():
         sys.exit(f"bench: --device cuda needs a GPU, and torch {torch.__version__} finds none")
     return Cuda()

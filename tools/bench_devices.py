@@ -54,6 +54,12 @@ class Cpu:
         return {}
 
 
+class SmallLayers(Cpu):
+    """The processor again: layers so small that the calls cost more than the arithmetic."""
+
+    name = "cpu-small"
+
+
 class Cuda:
     """A GPU, in bfloat16."""
 

@@ -214,6 +214,7 @@ CPU_GOALS = (
     Goal("step", ONE, PEER_ONE, 0.7),
     Goal("step", EIGHT, PEER_EIGHT, 0.7),
 )
+SMALL_GOALS = (Goal("forward", ONE, PEER_ONE, 0.75), Goal("step", ONE, PEER_ONE, 0.75))
 GPU_GOALS = (
     Goal("step", ONE, LINEAR, 1.1),
     Goal("step", EIGHT, LINEAR, 1.25),
@@ -243,6 +244,14 @@ class Suite:
 
 SUITES = {
     "cpu": Suite(shapes=(Shape(512, 1024, 1024), Shape(512, 2048, 2048), Shape(64, 4096, 4096))),
+    "cpu-small": Suite(
+        shapes=(Shape(1, 16, 16), Shape(32, 64, 64)),
+        contenders=(LINEAR, ONE, PEER_ONE),
+        modes=("forward", "step"),
+        repeats=500,
+        warmup=50,
+        goals=SMALL_GOALS,
+    ),
     "cuda": Suite(
         shapes=roofline.SHAPES,
         contenders=(LINEAR, ONE, EIGHT, PEER_ONE, PEER_EIGHT, TRITON_ONE, TRITON_EIGHT),

@@ -136,7 +136,7 @@ SHOWN = {
     "syncs": "{:.0f}",
 }
 FINE = "{:.3f}"
-"""Milliseconds of a GPU, whose shortest figures are hundredths of one."""
+"""Figures below a millisecond."""
 
 
 def tables(rows: list[Row], goals: Iterable[Goal]) -> str:
@@ -181,7 +181,7 @@ def cell(row: Row) -> str:
     """A figure; for a time also its 20th and 80th percentile, and its ratio to the digital one."""
     if "failed" in row:
         return "fails"
-    shown = FINE if "gpu" in row and row["unit"] == "ms" else SHOWN[row["unit"]]
+    shown = FINE if row["unit"] == "ms" and row["median"] < 1 else SHOWN[row["unit"]]
     median, p20, p80 = (shown.format(row[name]) for name in ("median", "p20", "p80"))
     return f"{median} ({p20}–{p80}) ×{row['ratio']:.2f}" if "ratio" in row else median
 

@@ -19,7 +19,8 @@ class Shape(NamedTuple):
     outputs: int
 
     def __str__(self) -> str:
-        return f"{self.rows} rows, {self.inputs} → {self.outputs}"
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return f"{rows}, {self.inputs} → {self.outputs}"
 
 
 SHAPES = (Shape(8192, 1024, 1024), Shape(8192, 4096, 4096), Shape(8192, 4096, 14336))
