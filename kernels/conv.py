@@ -34,14 +34,14 @@ def laid_out(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
-def out_shape(x: Tensor, weight: Tensor, window: Window) -> list[int]:
+def out_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:
     """Shape of the output."""
     return [x.shape[0], weight.shape[0], *window.out_size(list(x.shape[2:]))]
 
 
 def clipped_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:
     """Shape of the bits that mark clipped outputs."""
-    return out_shape(x, weight, window) if spec.keep and spec.out_bound else [0]
+    return out_shape(x, weight, window, spec) if spec.keep and spec.out_bound else [0]
 
 
 def convolve(

@@ -48,6 +48,16 @@ class Gradients(NamedTuple):
     clip: Tensor
 
 
+def out_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
+    """Shape of the output."""
+    return (*x.shape[:-1], weight.shape[0])
+
+
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` as the product leaves it, whatever the strides of ``x``: as it is."""
+    return y
+
+
 def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
     """Shape of the bits that mark clipped outputs: a byte holds eight tiles."""
     if not (spec.keep and spec.out_bound):
