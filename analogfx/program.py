@@ -26,11 +26,11 @@ from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
 from analogfx.errors import CaptureError
 from analogfx.kernels import dispatch
 from analogfx.kernels.spec import MVMSpec
+from analogfx.ops.transforms import in_transform
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site, StateNames
 from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
-from analogfx.transforms import in_transform
 
 _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""

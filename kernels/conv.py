@@ -34,21 +34,23 @@ def laid_out(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
-def out_shape(x: Tensor, weight: Tensor, window: Window) -> list[int]:
+def out_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:
     """Shape of the output."""
     return [x.shape[0], weight.shape[0], *window.out_size(list(x.shape[2:]))]
 
 
 def clipped_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:
     """Shape of the bits that mark clipped outputs."""
-    return out_shape(x, weight, window) if spec.keep and spec.out_bound else [0]
+    return out_shape(x, weight, window, spec) if spec.keep and spec.out_bound else [0]
 
 
-def convolve(x: Tensor, weight: Tensor, window: Window, groups: int) -> Tensor:
-    """torch's convolution without a bias, for any number of axes."""
+def convolve(
+    x: Tensor, weight: Tensor, window: Window, groups: int, bias: Tensor | None = None
+) -> Tensor:
+    """torch's convolution, for any number of axes."""
     zeros = [0] * len(window.stride)
     return torch.convolution(
-        x, weight, None, window.stride, window.padding, window.dilation, False, zeros, groups
+        x, weight, bias, window.stride, window.padding, window.dilation, False, zeros, groups
     )
 
 
@@ -100,15 +102,18 @@ def forward(
     dims = x.dim() - 2
     r = None if input_range is None else input_range[0]
     modified, peak = _analog_weight(weight, clip, seed, spec)
-    y = laid_out(convolve(linear.converted(x, r, spec), modified, window, spec.groups), x)
+    bias = None if bias is None else ref.wide(bias)
+    inner, outer = (bias, None) if spec.ends_with_product else (None, bias)
+    y = convolve(linear.converted(x, r, spec), modified, window, spec.groups, inner)
+    y = laid_out(y, x)
     y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
     clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
     if bound is not None:
         if spec.keep:
             clipped = (y.abs() > bound).view(torch.uint8)
         y = ref.clamp_to(y, bound)
-    if bias is not None:
-        y = y + _per_channel(ref.wide(bias), dims)
+    if outer is not None:
+        y = y + _per_channel(outer, dims)
     kept = modified if linear.keeps_weight(weight, spec) else weight.new_empty(0)
     return y.to(x.dtype), clipped, kept
 

@@ -11,15 +11,15 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from analogfx.errors import KernelError
-from analogfx.kernels import clip, plan, statistics
-from analogfx.kernels import linear as plain
+from analogfx.kernels import clip, conv, linear, plan, statistics
 from analogfx.kernels.linear import Gradients
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
@@ -90,10 +90,20 @@ def _refused_device(device: torch.device) -> str:
     return f"the tensors are on {device.type}, not on a CUDA device"
 
 
-def refusal(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
-    """Why the kernels cannot serve a linear product; empty where they can."""
+def refusal(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> str:
+    """Why the kernels cannot serve a product; empty where they can.
+
+    Args:
+        op: "linear" or "conv".
+        scalars: what describes the site: a spec, after the window of a convolution.
+    """
     if reason := _refused_device(x.device):
         return reason
+    kernels = TABLE.get((op, "triton"))
+    return _WITHOUT_KERNELS[op] if kernels is None else kernels.refusal(x, weight, *scalars)
+
+
+def _refused_linear(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
     if reason := _refused_dtype(x.dtype):
         return reason
     if weight.dtype != x.dtype:
@@ -119,11 +129,6 @@ def _refused_tiles(spec: MVMSpec) -> str:
     return ""
 
 
-def refused_convolution(x: Tensor) -> str:
-    """Why the kernels cannot serve a convolution whose patches are not made."""
-    return _refused_device(x.device) or "a convolution runs through torch's own"
-
-
 def serves(reason: str) -> bool:
     """Whether the kernels are to be used where they refuse for a reason, or for none.
 
@@ -144,7 +149,7 @@ def chosen(weight: Tensor, spec: MVMSpec, is_conv: bool = False) -> str:
     if _chosen == "reference":
         reason = "it was asked for"
     else:
-        reason = refused_convolution(weight) if is_conv else refusal(weight, weight, spec)
+        reason = refusal("conv" if is_conv else "linear", weight, weight, spec)
     return f"torch: {reason}" if reason else plan.described(weight.dtype, spec)
 
 
@@ -160,32 +165,81 @@ def _module(reason: str, name: str, otherwise: ModuleType) -> ModuleType:
     return importlib.import_module(f"analogfx.kernels.triton.{name}")
 
 
-def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
-    """Shape of what marks clipped outputs; see ``linear.clipped_shape``, ``plan.marks_shape``."""
-    if not serves(refusal(x, weight, spec)):
-        return plain.clipped_shape(x, weight, spec)
-    return plan.marks_shape(x, weight, spec)
+class Implementation(NamedTuple):
+    """How one implementation computes the product of one op: a row of the table.
 
+    Every function takes (x, weight, *scalars).
+    """
 
-def keeps_weight(x: Tensor, weight: Tensor, spec: MVMSpec) -> bool:
+    refusal: Callable[..., str]
+    """Why it cannot serve a product; empty where it can. The device has been asked about."""
+    clipped_shape: Callable[..., Sequence[int]]
+    """Shape of what marks clipped outputs."""
+    keeps_weight: Callable[..., bool]
     """Whether the noisy weights stay until the backward."""
-    return plain.keeps_weight(weight, spec) and not serves(refusal(x, weight, spec))
+    module: str
+    """The module of its ``forward`` and ``backward``, imported when it first serves."""
 
 
-def forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The linear product of one site; see ``linear.forward``."""
-    spec = rest[-1]
-    module = _module(refusal(x, weight, spec), "linear", plain)
-    return module.forward(x, weight, *rest)
+def _keeps_weight(x: Tensor, weight: Tensor, *scalars: Any) -> bool:
+    return linear.keeps_weight(weight, scalars[-1])
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
-    """Its gradients; see ``linear.backward``."""
-    *state, clipped, modified, needs, spec = rest
-    if clipped.shape != clipped_shape(x, weight, spec):  # the choice was another in the forward
+TABLE: dict[tuple[str, str], Implementation] = {
+    ("linear", "triton"): Implementation(
+        _refused_linear,
+        plan.marks_shape,
+        lambda *_: False,
+        "analogfx.kernels.triton.linear",
+    ),
+    ("linear", "torch"): Implementation(
+        lambda *_: "", linear.clipped_shape, _keeps_weight, "analogfx.kernels.linear"
+    ),
+    ("conv", "torch"): Implementation(
+        lambda *_: "", conv.clipped_shape, _keeps_weight, "analogfx.kernels.conv"
+    ),
+}
+"""By op and implementation. A kernel for another product is a file and a row."""
+
+_WITHOUT_KERNELS = {"conv": "a convolution runs through torch's own"}
+
+
+def _implementation(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> Implementation:
+    return TABLE[op, "triton" if serves(refusal(op, x, weight, *scalars)) else "torch"]
+
+
+@functools.lru_cache(maxsize=16)
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+def clipped_shape(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> tuple[int, ...]:
+    """Shape of what marks clipped outputs."""
+    return tuple(_implementation(op, x, weight, *scalars).clipped_shape(x, weight, *scalars))
+
+
+def keeps_weight(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> bool:
+    """Whether the noisy weights stay until the backward."""
+    return _implementation(op, x, weight, *scalars).keeps_weight(x, weight, *scalars)
+
+
+def forward(op: str, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The product of one site; see ``linear.forward`` and ``conv.forward``."""
+    chosen = _implementation(op, x, weight, *rest[4:])
+    return _load(chosen.module).forward(x, weight, *rest)
+
+
+def backward(op: str, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
+    """Its gradients; see ``linear.backward`` and ``conv.backward``."""
+    *state, clipped, modified, needs = rest[:6]
+    scalars = rest[6:]
+    chosen = _implementation(op, x, weight, *scalars)
+    # The choice may have been another in the forward.
+    if tuple(clipped.shape) != tuple(chosen.clipped_shape(x, weight, *scalars)):
         clipped = clipped.new_empty(0)
-    module = _module(refusal(x, weight, spec), "linear", plain)
-    return module.backward(grad, x, weight, *state, clipped, modified, needs, spec)
+    return _load(chosen.module).backward(
+        grad, x, weight, *state, clipped, modified, needs, *scalars
+    )
 
 
 def update_range(
@@ -202,9 +256,9 @@ def update_range(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ranges after one more training forward; see ``statistics.update_range``."""
     if window is not None:
-        reason = refused_convolution(x)
+        reason = refusal("conv", x, x, window, MVMSpec(in_sizes, [0], groups))
     else:
-        reason = refusal(x, x, MVMSpec(in_sizes, [0], groups))
+        reason = refusal("linear", x, x, MVMSpec(in_sizes, [0], groups))
     return _module(reason, "statistics", statistics).update_range(
         x, input_range, count, x_min, x_max, range_mode, groups, in_sizes, window, *rest
     )

@@ -48,6 +48,16 @@ class Gradients(NamedTuple):
     clip: Tensor
 
 
+def out_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
+    """Shape of the output."""
+    return (*x.shape[:-1], weight.shape[0])
+
+
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` as the product leaves it, whatever the strides of ``x``: as it is."""
+    return y
+
+
 def clipped_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
     """Shape of the bits that mark clipped outputs: a byte holds eight tiles."""
     if not (spec.keep and spec.out_bound):
@@ -161,7 +171,14 @@ def forward(
     streamed = _streams(w, clip, spec)
     peaks = None if streamed else maxima(w, clip, spec)
     modified = w if streamed else modified_weight(w, clip, seed, peaks, spec)
+    kept = modified.view(weight.shape) if keeps_weight(weight, spec) else weight.new_empty(0)
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
+    if spec.ends_with_product and spec.groups == 1:
+        r = tile_range(rows, input_range, 0, spec)
+        # With x as it came: torch rounds otherwise for a single row, or for strides of its own.
+        analog_x = ref.wide(x) if r is None else converted(rows, r, spec).view(x.shape)
+        out = F.linear(analog_x, modified, None if bias is None else ref.wide(bias))
+        return _not_a_view(out.to(x.dtype)), clipped, kept
     total = None
     for t, s in tiles(spec.in_sizes):
         r = tile_range(rows[..., s], input_range, t, spec)
@@ -177,11 +194,12 @@ def forward(
     out = total if total.shape == shape else total.reshape(shape)
     if bias is not None:
         out = out + ref.wide(bias) if out._is_view() else out.add_(ref.wide(bias))
-    out = out.to(x.dtype)
-    if out._is_view():  # an output that is a view may not be written to by what follows
-        out = out.clone()
-    kept = modified.view(weight.shape) if keeps_weight(weight, spec) else weight.new_empty(0)
-    return out, clipped, kept
+    return _not_a_view(out.to(x.dtype)), clipped, kept
+
+
+def _not_a_view(out: Tensor) -> Tensor:
+    """``out``, copied if it is a view: an op's output may be written to by what follows."""
+    return out.clone() if out._is_view() else out
 
 
 _STREAMED = 1 << 23

@@ -133,6 +133,11 @@ def linear(
     site = decode(MVMSpec, spec)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         rows, w = grouped(x, site.groups, -1), grouped(weight, site.groups, 0)
+        if site.ends_with_product and site.groups == 1:
+            if analog_x is None:
+                analog_x = _converted(x, _range(x, input_range, 0, site), site)
+            y = F.linear(analog_x, w, None if bias is None else ref.wide(bias))
+            return _finish(y, None, residual, x, site)
         total = None
         for t, s in tiles(site.in_sizes):
             r = _range(rows[..., s], input_range, t, site)
@@ -174,9 +179,12 @@ def conv(
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         r = None if input_range is None else input_range[0]
         analog_x = _converted(x, r, site) if analog_x is None else analog_x
+        if site.ends_with_product:
+            bias = None if bias is None else ref.wide(bias)
+            y = image.convolve(analog_x, weight, geometry, site.groups, bias)
+            return _finish(y, None, residual, x, site)
         y = image.convolve(analog_x, weight, geometry, site.groups)
-        if site.out_bound:
-            y = _adc(y, [v.view(axes) for v in _of_tile(adc, 0, site)], r, site)
+        y = _adc(y, [v.view(axes) for v in _of_tile(adc, 0, site)], r, site)
         return _finish(y, None if bias is None else bias.view(axes), residual, x, site)
 
 

@@ -49,6 +49,15 @@ class MVMSpec(NamedTuple):
         """Whether the forward reads the rows' largest weights."""
         return bool(self.weight_states or self.noise_std or self.out_noise or self.out_bound)
 
+    @property
+    def ends_with_product(self) -> bool:
+        """Whether the product is all that a site's one tile does to its outputs.
+
+        torch adds the bias inside of such a product, as it does for the digital layer: which
+        rounds as the digital layer does on every CPU, and saves a pass over the outputs.
+        """
+        return len(self.in_sizes) == 1 and not (self.out_noise or self.out_bound)
+
 
 _Spec = TypeVar("_Spec", bound=tuple)
 

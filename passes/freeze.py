@@ -69,10 +69,9 @@ def _served_by_kernels(site: FusedSite) -> bool:
     x, weight = (ops.autocast(_example(n)) for n in site.node.args[:2])
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         return False
-    if site.is_conv:
-        return dispatch.serves(dispatch.refused_convolution(x))
+    op = "conv" if site.is_conv else "linear"
     # Of the input's dtype, or the site refuses to run; a stand-in may know nothing of autocast.
-    return dispatch.serves(dispatch.refusal(x, weight.to(x.dtype), site.spec))
+    return dispatch.serves(dispatch.refusal(op, x, weight.to(x.dtype), site.spec))
 
 
 def _example(operand: Any) -> Any:

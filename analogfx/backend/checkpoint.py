@@ -17,7 +17,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from analogfx.compiled import KEPT
+from analogfx.ops.compilers import KEPT
 
 _numbers = itertools.count()
 

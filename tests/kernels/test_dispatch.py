@@ -87,7 +87,7 @@ def operands(dtype=torch.float32, device=DEVICE):
     ],
 )
 def test_refusals_have_a_name(reason, of_spec, x, w):
-    found = dispatch.refusal(operands(x)[0], operands(w)[1], of_spec)
+    found = dispatch.refusal("linear", operands(x)[0], operands(w)[1], of_spec)
     assert reason in found
     with pytest.raises(KernelError, match=reason):
         dispatch.serves(found)
@@ -129,12 +129,12 @@ def test_triton_needs_the_interpreter_on_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, w = operands(device="cpu")
     with pytest.raises(KernelError, match="on cpu"):
-        dispatch.forward(x, w, None, None, None, None, spec())
+        dispatch.forward("linear", x, w, None, None, None, None, spec())
 
 
 def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "_installed", lambda: False)
-    assert dispatch.refusal(*operands(), spec()) == "triton is not installed"
+    assert dispatch.refusal("linear", *operands(), spec()) == "triton is not installed"
 
 
 def test_use_returns_the_choice_before_and_knows_three():
@@ -170,8 +170,9 @@ def test_fakes_are_as_what_they_stand_for(monkeypatch, name):
     calls, of_op = [], dispatch.forward
     monkeypatch.setattr(dispatch, "forward", lambda *args: calls.append(args) or of_op(*args))
     analog(x.to(DEVICE))
-    ((*tensors, site),) = calls
-    assert dispatch.clipped_shape(*tensors[:2], site) == (len(site.in_sizes), 1, 1)
+    ((op, *tensors, site),) = calls
+    assert op == "linear"
+    assert dispatch.clipped_shape("linear", *tensors[:2], site) == (len(site.in_sizes), 1, 1)
     op = torch.ops.analogfx.analog_linear.default
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (*tensors, encode(site)), test_utils=checks)

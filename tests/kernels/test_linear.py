@@ -21,3 +21,27 @@ def test_weights_read_block_by_block_give_the_same(monkeypatch, max_input_size, 
     monkeypatch.setattr(blocks, "BLOCK", 64)
     torch.testing.assert_close(layer(x), whole)
     assert (whole - ideal).abs().max() > 0.05  # the bound acts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(64), torch.randn(5, 64), torch.randn(2, 5, 64), torch.randn(3, 2, 5, 64),
+        torch.randn(64, 5).T, torch.randn(2, 64, 5).mT, torch.randn(0, 64),
+    ],
+    ids=["vector", "matrix", "batch", "two batch axes", "transposed", "strided batch", "no rows"],
+)  # fmt: skip
+def test_a_site_with_everything_off_rounds_as_torchs_layer_does(x, dtype):
+    layer = nn.Linear(64, 9).to(dtype)
+    analog = analogfx.analogize(layer, analogfx.TorchInferenceRPUConfig())
+    x = x.to(dtype)
+    y = analog(x)
+    assert torch.equal(y, layer(x))
+    assert not y._is_view()  # what follows may write to it
+    torch.compiler.reset()
+    compiled = torch.compile(
+        analog.eval(), backend="analogfx", options={"compiler": "eager"}, fullgraph=True
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))

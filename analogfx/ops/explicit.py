@@ -1,0 +1,181 @@
+"""The explicit level: an op for every role of a tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analogfx.kernels import linear
+from analogfx.kernels import reference as ref
+from analogfx.ops.define import define, wide_like
+
+
+def _dac_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, input_range, _, ctx.range_mode, ctx.decay, ctx.input_min_percentage = inputs
+    ctx.save_for_backward(x, input_range)
+
+
+def _dac_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, input_range = ctx.saved_tensors
+    rest = (None, None, None, None)
+    if ctx.range_mode == "dynamic":
+        return grad.to(x.dtype), None, *rest
+    grad_range = None
+    if ctx.needs_input_grad[1]:
+        if ctx.range_mode == "fast":
+            grad_range = ref.range_grad_fast(grad, x, input_range)
+        else:
+            grad_range = ref.range_grad_static(
+                grad, x, input_range, ctx.decay, ctx.input_min_percentage
+            )
+    return (grad * ref.inside(x, input_range)).to(x.dtype), grad_range, *rest
+
+
+define(
+    "dac",
+    "Tensor x, Tensor input_range, float inp_res, str range_mode, float decay, "
+    "float input_min_percentage",
+    "Tensor",
+    lambda x, input_range, inp_res, range_mode, decay, input_min_percentage: ref.dac(
+        x, input_range, inp_res, range_mode != "dynamic"
+    ),
+    lambda x, *_: wide_like(x),
+    _dac_setup,
+    _dac_backward,
+)
+
+define(
+    "row_max",
+    "Tensor w",
+    "Tensor",
+    lambda w: ref.row_max(w),
+    lambda w: wide_like(w, w.shape[:-1]),
+)
+
+define(
+    "tile_max",
+    "Tensor row_max, int[] out_sizes",
+    "Tensor",
+    lambda row, out_sizes: ref.tile_max(row, out_sizes).clone(),
+    lambda row, out_sizes: torch.empty_like(row),
+)
+
+define(
+    "quantize_weight",
+    "Tensor w, Tensor bound, float weight_states",
+    "Tensor",
+    lambda w, bound, states: ref.quantize_weight(w, bound.unsqueeze(-1), states),
+    lambda w, *_: wide_like(w),
+    lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
+    lambda ctx, grad: (grad.to(ctx.dtype), None, None),  # straight through
+)
+
+
+def _clip_weight(w: Tensor, clip: Tensor, weight_states: float) -> Tensor:
+    if weight_states:
+        return ref.quantize_weight(w, ref.wide(clip).abs().unsqueeze(-1), weight_states)
+    return ref.clip_weight(w, clip.unsqueeze(-1))
+
+
+def _clip_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, clip, ctx.weight_states = inputs
+    ctx.save_for_backward(w, clip)
+
+
+def _clip_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    w, clip = ctx.saved_tensors
+    grad_w, grad_clip = ref.weight_backward(grad, w, clip, ctx.weight_states)
+    return grad_w.to(w.dtype), grad_clip.to(clip.dtype), None
+
+
+define(
+    "clip_weight",
+    "Tensor w, Tensor clip, float weight_states",
+    "Tensor",
+    _clip_weight,
+    lambda w, *_: wide_like(w),
+    _clip_weight_setup,
+    _clip_weight_backward,
+)
+
+define(
+    "weight_noise",
+    "Tensor w, Tensor a, Tensor normal, float noise_std",
+    "Tensor",
+    lambda w, a, normal, noise_std: normal * (noise_std * a).unsqueeze(-1) + ref.wide(w),
+    lambda w, *_: wide_like(w),
+    lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
+    lambda ctx, grad: (grad.to(ctx.dtype), None, None, None),
+)
+
+
+def _rows(x: Tensor, w: Tensor) -> Tensor:
+    """(..., I) or (..., groups, I) as (N, ...)."""
+    return ref.wide(x).reshape(-1, *x.shape[1 - w.dim() :])
+
+
+def _mvm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mvm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, w = ctx.saved_tensors
+    flat_x, flat_g = _rows(x, w), grad.reshape(-1, *w.shape[:-1])
+    grad_x = linear.product(flat_g, ref.wide(w).mT).view(x.shape)
+    return grad_x.to(x.dtype), linear.outer(flat_g, flat_x).to(w.dtype)
+
+
+def _mvm(x: Tensor, w: Tensor) -> Tensor:
+    y = linear.product(_rows(x, w), ref.wide(w))
+    return y.reshape(*x.shape[: 1 - w.dim()], *w.shape[:-1]).contiguous()
+
+
+define(
+    "mvm",
+    "Tensor x, Tensor w",
+    "Tensor",
+    _mvm,
+    lambda x, w: wide_like(x, (*x.shape[: 1 - w.dim()], *w.shape[:-1])),
+    _mvm_setup,
+    _mvm_backward,
+)
+
+define(
+    "output_noise",
+    "Tensor y, Tensor a, Tensor input_range, Tensor normal, float strength",
+    "Tensor",
+    ref.output_noise,
+    lambda y, *_: wide_like(y),
+    lambda ctx, inputs, output: None,
+    lambda ctx, grad: (grad, None, None, None, None),
+)
+
+
+def _adc(y: Tensor, a: Tensor, input_range: Tensor, out_bound: float, out_res: float) -> Tensor:
+    bound = ref.adc_bound(input_range, a, out_bound)
+    return ref.clamp_to(ref.adc_(y.clone(), bound, out_res), bound)
+
+
+def _adc_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, a, input_range, ctx.out_bound, ctx.out_res = inputs
+    ctx.save_for_backward(y, a, input_range)
+
+
+def _adc_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, a, input_range = ctx.saved_tensors
+    bound = ref.adc_bound(input_range, a, ctx.out_bound)
+    clipped = ref.adc_(y.clone(), bound, ctx.out_res).abs() > bound
+    return grad.masked_fill(clipped, 0.0), None, None, None, None
+
+
+define(
+    "adc",
+    "Tensor y, Tensor a, Tensor input_range, float out_bound, float out_res",
+    "Tensor",
+    _adc,
+    lambda y, *_: wide_like(y),
+    _adc_setup,
+    _adc_backward,
+)
