@@ -4,7 +4,7 @@ from analogfx import errors, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
-from analogfx.checkpoint import load, save
+from analogfx.checkpoint import digital_state_dict, load, save
 from analogfx.config import (
     InputRangeParameter,
     IOParameters,
@@ -17,6 +17,7 @@ from analogfx.config import (
     WeightModifierType,
     WeightNoiseInjectionType,
     WeightQuantizationType,
+    bits,
 )
 from analogfx.evaluation import programmed
 from analogfx.onnx import export_onnx, load_onnx_sites
@@ -40,8 +41,10 @@ __all__ = [
     "WeightQuantizationType",
     "analogize",
     "backend_state",
+    "bits",
     "clip_after_step",
     "clip_weights",
+    "digital_state_dict",
     "errors",
     "explain",
     "export_onnx",

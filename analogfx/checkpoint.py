@@ -4,75 +4,95 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import re
-import tempfile
+import sys
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from analogfx.api import analogize
+from analogfx import files
+from analogfx.api import analogize, to_digital
 from analogfx.config import TorchInferenceRPUConfig, resolve
-from analogfx.errors import CheckpointError
+from analogfx.errors import CheckpointError, abridged, shown
 from analogfx.module import AnalogModule, unwrapped
+from analogfx.tensorfile import DTYPES, tensors_in
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no checksum of the record, no list of ties and no versions; it is still read."""
 CONFIG_FILE = "analogfx.json"
-_TENSOR_FILE = re.compile(r"model-[0-9a-f]{8}\.safetensors")
+_TENSOR_FILE = re.compile(r"model-([0-9a-z_]{8})\.safetensors")
+_RECORD_BYTES = 1 << 25
+_RECORD_DEPTH = 12
+_UNLIMITED = sys.maxsize
+
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Under what name torch.compile and torch's module wrappers keep the module inside."""
 
 
 def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write an analogized model to a folder.
 
-    ``model-<checksum>.safetensors`` holds parameters and buffers, tied ones once;
-    ``analogfx.json`` the config of every analog module and the name and checksum of the tensors'
-    file. What was saved there before is valid until ``analogfx.json`` is replaced, in one step,
-    and removed afterwards; so an interrupted save leaves a checkpoint that loads.
+    ``model-<id>.safetensors`` holds parameters and buffers, tied ones once; ``analogfx.json`` the
+    config of every analog module, the name and checksum of the tensors' file, and a checksum of
+    itself. Both are on the disk before ``analogfx.json`` is replaced, in one step; what it named
+    before is removed afterwards. So an interrupted save leaves the checkpoint that was there, and
+    of two that save at once one is the last, whole.
 
     Args:
-        analog: what ``analogize`` returned, compiled or in a data-parallel wrapper, too.
+        analog: what ``analogize`` returned, compiled or in a data-parallel wrapper, too, as a
+            whole or in parts: names are saved as those of the modules inside.
         directory: made if it does not exist.
+
+    Warns:
+        UserWarning: nothing in the model is analog.
+
+    Raises:
+        CheckpointError: a tensor cannot be saved, or the folder cannot be written. What was saved
+            there before is as it was.
     """
     analog = unwrapped(analog)
+    tensors, ties = _distinct(_named_state(analog))
+    configs, modules = _configs(analog)
+    if not modules:
+        warnings.warn(
+            f"{type(analog).__name__} has no analog layer: load() will give a digital model back",
+            stacklevel=2,
+        )
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "tensors": {},
+        "ties": ties,
+        "versions": _versions(analog),
+        "configs": configs,
+        "modules": modules,
+    }
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    configs: list[dict[str, Any]] = []
-    modules: dict[str, int] = {}
-    for name, module in analog.named_modules():
-        if isinstance(module, AnalogModule):
-            config = module._analog.config.to_dict()
-            if config not in configs:
-                configs.append(config)
-            modules[name] = configs.index(config)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        tensors = Path(scratch, "model.safetensors")
-        save_model(analog, str(tensors), metadata={"format": "pt"})
-        checksum = _sha256(tensors)
-        place = folder / f"model-{checksum[:8]}.safetensors"
-        record = {
-            "schema": SCHEMA,
-            "tensors": {"file": place.name, "sha256": checksum},
-            "configs": configs,
-            "modules": modules,
-        }
-        text = Path(scratch, CONFIG_FILE)
-        text.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(tensors, place)
-        os.replace(text, folder / CONFIG_FILE)
-    for file in folder.iterdir():
-        if _TENSOR_FILE.fullmatch(file.name) and file != place:
-            file.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _commit(folder, tensors, record)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be written: {error.strerror or error}"
+        ) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
 
 def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False) -> ModelT:
     """Analogize a fresh digital model as a folder says, and give it the folder's tensors.
+
+    Every file is opened and read once, and checked before the model is touched. Floating-point
+    tensors take the model's precision; any other dtype must be the model's.
 
     Args:
         model: digital, of the architecture that was saved. Untouched unless ``inplace``; left as
@@ -84,33 +104,209 @@ def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False
         The analog model.
 
     Raises:
-        CheckpointError: the folder is missing something, damaged, of another schema, or made for
-            another model.
+        CheckpointError: the folder is missing something, damaged, of another schema, made for
+            another model, or cannot be read.
     """
     folder = Path(directory)
-    record = _read(folder)
-    tensors = folder / record["tensors"]["file"]
-    names = {name for name, _ in model.named_modules()}
-    absent = sorted(set(record["modules"]) - names)
+    stored = _read(folder)
+    paths = _paths(model)
+    absent = sorted(set(stored.configs) - set(paths.values()))
     if absent:
         raise CheckpointError(
-            f"{folder}: made for a model with the module {absent[0]!r}, "
+            f"{folder}: made for a model with the module {shown(absent[0])}, "
             f"which {type(model).__name__} has not"
         )
-    configs = [TorchInferenceRPUConfig.from_dict(c) for c in record["configs"]]
-    chosen = {name: configs[number] for name, number in record["modules"].items()}
+    chosen = {raw: stored.configs[path] for raw, path in paths.items() if path in stored.configs}
     # Tried on a model without memory first: the given one is only touched if all fits.
     trial = analogize(_on_meta(model), lambda name, _: chosen.get(name), inplace=True)
-    _check_fit(trial, tensors)
+    _check_fit(trial, stored, paths)
+    _check_ties(model, stored, paths)
     became = {name for name, module in trial.named_modules() if isinstance(module, AnalogModule)}
-    if became != set(chosen):
-        name = sorted(became ^ set(chosen))[0]
+    named = {name for name, _ in trial.named_modules()}  # a shared module has one of its names
+    if became != set(chosen) & named:
+        name = sorted(became ^ (set(chosen) & named))[0]
         raise CheckpointError(
             f"{folder}: {name!r} of {type(model).__name__} does not become analog"
         )
     analog = analogize(model, lambda name, _: chosen.get(name), inplace=inplace)
-    load_model(analog, str(tensors))
+    try:
+        _fill(analog, stored, paths)
+    except BaseException:
+        to_digital(analog, inplace=True)
+        raise
     return analog
+
+
+def digital_state_dict(analog: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the digital model inside an analog one, for ``load_state_dict`` there.
+
+    An analog model's own ``state_dict()`` has ranges, their statistics and learned clips besides,
+    which a digital model refuses as unexpected. Nothing is copied: values share memory with the
+    model's, as those of ``state_dict()`` do.
+
+    Args:
+        analog: what ``analogize`` or ``load`` returned, compiled or in a data-parallel wrapper,
+            too.
+
+    Returns:
+        What the digital model's ``state_dict()`` would be, keys in its order, with the model's
+        weights as they are now.
+
+    Example:
+        >>> digital = nn.Linear(8, 4)
+        >>> digital.load_state_dict(digital_state_dict(analogize(digital, config)))
+        <All keys matched successfully>
+    """
+    model = unwrapped(analog)
+    ours = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, AnalogModule)
+        for name in module._analog.state_names()
+    }
+    state = model.state_dict()
+    paths = _paths(model)
+    kept = OrderedDict((_clean(k, paths), v) for k, v in state.items() if k not in ours)
+    kept._metadata = OrderedDict(  # type: ignore[attr-defined]
+        (paths.get(path, path), versions) for path, versions in state._metadata.items()
+    )
+    return kept
+
+
+# -------------------------------------------------------------------------------------- saving
+
+
+def _configs(analog: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The configs of a model, each once, and which one each analog module has."""
+    configs: list[dict[str, Any]] = []
+    modules: dict[str, int] = {}
+    paths = _paths(analog)
+    for name, module in analog.named_modules():
+        if isinstance(module, AnalogModule):
+            config = module._analog.config.to_dict()
+            if config not in configs:
+                configs.append(config)
+            modules[paths[name]] = configs.index(config)
+    return configs, modules
+
+
+def _named_state(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers that a model keeps, by the names of the modules inside wrappers.
+
+    Raises:
+        CheckpointError: one of them is nothing that a file can hold.
+    """
+    paths = _paths(model)
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        found = ""
+        if type(value) not in (Tensor, nn.Parameter):
+            found = f"a {type(value).__name__}"
+        elif value.layout is not torch.strided or value.is_quantized:
+            found = f"a tensor of layout {value.layout} and dtype {value.dtype}"
+        elif value.is_meta:
+            found = "on the meta device, without values"
+        elif value.dtype not in DTYPES.values():
+            found = f"of dtype {value.dtype}"
+        if found:
+            raise CheckpointError(
+                f"{shown(key)} is {found}; expected a plain dense tensor of a dtype that "
+                "safetensors has"
+            )
+        name = _clean(key, paths)
+        if name in state:
+            raise CheckpointError(f"two tensors are called {shown(name)} inside their wrappers")
+        state[name] = value
+    return state
+
+
+def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that share no memory, and under which of their names the others are.
+
+    Two names of the same elements are a tie. A view that overlaps another tensor otherwise is
+    written in full.
+    """
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    names: dict[Any, str] = {}
+    storages = set()
+    for name, value in state.items():
+        kept = names.setdefault(_place(value) if value.numel() else name, name)
+        if kept != name:
+            ties[name] = kept
+            continue
+        storage = (value.device, value.untyped_storage().data_ptr())
+        whole = value.contiguous().resolve_conj().resolve_neg()
+        shares = storage in storages and whole.data_ptr() == value.data_ptr()
+        tensors[name] = whole.clone() if shares else whole
+        storages.add(storage)
+    return tensors, ties
+
+
+def _place(value: Tensor) -> Any:
+    """Equal for two tensors that are the same elements of the same memory."""
+    if value.is_meta:
+        return id(value)
+    return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """The versions of modules' state, which torch keeps beside a state dict."""
+    paths = _paths(model)
+    found = {
+        paths.get(path, path): entry.get("version")
+        for path, entry in model.state_dict()._metadata.items()  # type: ignore[attr-defined]
+    }
+    return {path: version for path, version in found.items() if type(version) is int}
+
+
+def _commit(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Put a checkpoint into a folder, all of it or nothing."""
+    try:
+        with files.scratch(folder) as scratch:
+            written = scratch / "model.safetensors"
+            save_file(tensors, str(written), metadata={"format": "pt"})
+            files.sync(written)
+            place = folder / f"model-{files.id_of(scratch)}.safetensors"
+            record["tensors"] = {
+                "file": place.name,
+                "bytes": written.stat().st_size,
+                "sha256": _sha256(written),
+            }
+            text = files.sealed(record)
+            if len(text) > _RECORD_BYTES:
+                raise CheckpointError(
+                    f"{folder}: {CONFIG_FILE} would have {len(text)} bytes; "
+                    f"expected at most {_RECORD_BYTES}"
+                )
+            files.write_synced(scratch / CONFIG_FILE, text)
+            os.replace(written, place)
+            files.sync(folder)
+            os.replace(scratch / CONFIG_FILE, folder / CONFIG_FILE)
+            files.sync(folder)
+    finally:
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what no checkpoint needs: of killed savers, and tensors that were replaced.
+
+    A file of tensors is in use if its saver is still at work or if the record names it. Whether
+    the saver works is asked first: one that has ended is in the record by then, or never will be.
+    """
+    files.remove_abandoned(folder)
+    candidates = [
+        path
+        for path in folder.iterdir()
+        if (found := _TENSOR_FILE.fullmatch(path.name)) and not files.is_saving(folder, found[1])
+    ]
+    try:
+        named = _parse(files.read_whole(folder / CONFIG_FILE, _RECORD_BYTES))["tensors"]["file"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # no record: nothing is known to be superfluous
+    for path in candidates:
+        if path.name != named:
+            path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
@@ -121,34 +317,115 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The folder's record, once it and the tensors have proved whole."""
+# ------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint in memory, proved whole."""
+
+    place: Path
+    """The file of tensors, to name in errors."""
+    configs: dict[str, TorchInferenceRPUConfig]
+    """By module."""
+    tensors: dict[str, Tensor]
+    """By name, tied ones under each of their names."""
+    versions: dict[str, int] | None
+
+
+def _read(folder: Path) -> _Stored:
+    """A folder's checkpoint.
+
+    Another process may replace it meanwhile: then the tensors that the record names are gone, and
+    there is another record.
+    """
+    seen = None
+    while True:
+        text = _read_file(folder, CONFIG_FILE, _RECORD_BYTES)
+        record, configs = _checked(folder, text)
+        entry = record["tensors"]
+        place = folder / entry["file"]
+        try:
+            data = _read_file(folder, entry["file"], entry.get("bytes", _UNLIMITED))
+            break
+        except FileNotFoundError:
+            if text == seen:
+                raise CheckpointError(f"{folder}: no {place.name}") from None
+            seen = text
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{place} is damaged: its checksum does not match")
     try:
-        record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE} has schema {record['schema']!r}; "
-                f"this version reads {SCHEMA}"
-            )
-        file, checksum = record["tensors"]["file"], record["tensors"]["sha256"]
-        if not _TENSOR_FILE.fullmatch(file):
-            raise ValueError(f"{file!r} is no name of a file of tensors")
-        configs, modules = record["configs"], record["modules"]
-        for number in modules.values():
-            configs[number]
-        for config in configs:
-            resolve(TorchInferenceRPUConfig.from_dict(config))
-    except OSError:
+        tensors, metadata = tensors_in(data)
+    except ValueError as error:
+        raise CheckpointError(f"{place} is damaged: {error}") from error
+    # safetensors' own save_model, which schema 1 was written with, lists ties in the metadata.
+    for name, kept in record.get("ties", metadata).items():
+        if kept in tensors and name not in tensors:
+            tensors[name] = tensors[kept]
+    return _Stored(place, configs, tensors, record.get("versions"))
+
+
+def _read_file(folder: Path, name: str, limit: int) -> bytearray:
+    """A file of a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file of tensors.
+        CheckpointError: it cannot be read, for the system's reason.
+    """
+    try:
+        return files.read_whole(folder / name, limit)
+    except (FileNotFoundError, NotADirectoryError):
+        if name != CONFIG_FILE:
+            raise
         raise CheckpointError(
             f"{folder}: no {CONFIG_FILE}; expected a folder that analogfx.save() wrote"
         ) from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
-    if not (folder / file).is_file():
-        raise CheckpointError(f"{folder}: no {file}")
-    if _sha256(folder / file) != checksum:
-        raise CheckpointError(f"{folder / file} is damaged: its checksum does not match")
-    return record
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name} is damaged: {error}") from error
+
+
+def _parse(text: bytearray) -> Any:
+    return files.parse_json(text, _RECORD_DEPTH)
+
+
+def _checked(
+    folder: Path, text: bytearray
+) -> tuple[dict[str, Any], dict[str, TorchInferenceRPUConfig]]:
+    """The record, and the config of every analog module, once they have proved whole."""
+    place = folder / CONFIG_FILE
+    try:
+        record = _parse(text)
+        schema = record["schema"]
+        if schema not in (1, SCHEMA) or isinstance(schema, bool):
+            raise CheckpointError(
+                f"{place} has schema {shown(schema)}; this version reads 1 and {SCHEMA}"
+            )
+        if schema == SCHEMA:
+            files.check_seal(text)
+        _check_types(record)
+        configs = [TorchInferenceRPUConfig.from_dict(config) for config in record["configs"]]
+        for config in configs:
+            resolve(config)
+        return record, {name: configs[number] for name, number in record["modules"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{place} is damaged: {abridged(str(error))}") from error
+
+
+def _check_types(record: dict[str, Any]) -> None:
+    """Refuse a record whose entries are not of the kinds that they should be."""
+    entry = record["tensors"]
+    if not _TENSOR_FILE.fullmatch(entry["file"]):
+        raise ValueError(f"{shown(entry['file'])} is no name of a file of tensors")
+    if not isinstance(entry["sha256"], str):
+        raise ValueError("the tensors' checksum is no text")
+    numbers = [*record["modules"].values(), *record.get("versions", {}).values()]
+    if not all(type(n) is int and n >= 0 for n in [*numbers, entry.get("bytes", 0)]):
+        raise ValueError("a number of a config, a version or a size is none")
+    ties = record.get("ties", {}).values()
+    if not all(isinstance(name, str) for name in ties):
+        raise ValueError("a tie is no name")
 
 
 def _on_meta(model: ModelT) -> ModelT:
@@ -161,24 +438,87 @@ def _on_meta(model: ModelT) -> ModelT:
     return copy.deepcopy(model, memo)
 
 
-def _check_fit(analog: nn.Module, tensors: Path) -> None:
-    """Refuse tensors that are not those of the model, by name and shape."""
-    state = analog.state_dict(keep_vars=True)
-    try:
-        with safe_open(str(tensors), framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{tensors} is damaged: {error}") from error
-    held = {id(state[key]) for key in shapes if key in state}  # tied tensors are stored once
-    missing = [key for key, value in state.items() if key not in shapes and id(value) not in held]
-    for kind, keys in (("lacks", missing), ("has unknown", sorted(set(shapes) - set(state)))):
-        if keys:
+def _check_fit(trial: nn.Module, stored: _Stored, paths: dict[str, str]) -> None:
+    """Refuse tensors that are not those of the model, by name, shape and dtype."""
+    state = {_clean(key, paths): value for key, value in trial.state_dict().items()}
+    found = stored.tensors
+    missing = [name for name in state if name not in found]
+    unknown = sorted(set(found) - set(state))
+    for kind, names in (("lacks", missing), ("has unknown", unknown)):
+        if names:
             raise CheckpointError(
-                f"{tensors} is of another model: it {kind} {keys[0]!r} and {len(keys) - 1} more"
+                f"{stored.place} is of another model: it {kind} {shown(names[0])} "
+                f"and {len(names) - 1} more"
             )
-    for key, shape in shapes.items():
-        if shape != tuple(state[key].shape):
+    for name, value in state.items():
+        there = found[name]
+        if there.shape != value.shape:
             raise CheckpointError(
-                f"{tensors} is of another model: {key!r} is {list(shape)} there and "
-                f"{list(state[key].shape)} in {type(analog).__name__}"
+                f"{stored.place} is of another model: {name!r} is {list(there.shape)} there and "
+                f"{list(value.shape)} in {type(trial).__name__}"
             )
+        both_float = there.is_floating_point() and value.is_floating_point()
+        if there.dtype != value.dtype and not both_float:
+            raise CheckpointError(
+                f"{stored.place} is of another model: {name!r} is {there.dtype} there and "
+                f"{value.dtype} in {type(trial).__name__}"
+            )
+
+
+def _check_ties(model: nn.Module, stored: _Stored, paths: dict[str, str]) -> None:
+    """Refuse two different tensors for what is one in the model."""
+    first: dict[Any, str] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = _clean(key, paths)
+        kept = first.setdefault(_place(value) if value.numel() else key, name)
+        here, there = stored.tensors[kept], stored.tensors[name]
+        if here.data_ptr() != there.data_ptr() and not torch.equal(here, there):
+            raise CheckpointError(
+                f"{stored.place} is of another model: {kept!r} and {name!r} differ there and are "
+                f"one tensor in {type(model).__name__}"
+            )
+
+
+def _fill(analog: nn.Module, stored: _Stored, paths: dict[str, str]) -> None:
+    """Give a model a checkpoint's tensors, which have been found to fit."""
+    own = analog.state_dict(keep_vars=True)
+    for value in own.values():
+        span = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+        if value.numel() > span:  # an expanded one: several elements in one place
+            value.data = value.data.contiguous()
+    state = OrderedDict((key, stored.tensors[_clean(key, paths)]) for key in own)
+    metadata = copy.deepcopy(own._metadata)  # type: ignore[attr-defined]
+    for path, entry in metadata.items():
+        if stored.versions is not None and paths.get(path, path) in stored.versions:
+            entry["version"] = stored.versions[paths.get(path, path)]
+    state._metadata = metadata  # type: ignore[attr-defined]
+    analog.load_state_dict(state)
+
+
+# --------------------------------------------------------------------------------------- names
+
+
+def _paths(model: nn.Module) -> dict[str, str]:
+    """The path of every module, and what it is without the wrappers that it lies in."""
+    found: dict[str, str] = {}
+
+    def visit(module: nn.Module, raw: str, path: str) -> None:
+        found[raw] = path
+        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        for name, child in module._modules.items():
+            if child is not None:
+                inside = name in _WRAPPED or (parallel and name == "module")
+                visit(child, _join(raw, name), path if inside else _join(path, name))
+
+    visit(model, "", "")
+    return found
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _clean(key: str, paths: dict[str, str]) -> str:
+    """A state dict's key by the path without wrappers of its module."""
+    path, _, name = key.rpartition(".")
+    return _join(paths.get(path, path), name)

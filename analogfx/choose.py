@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-import re
+import inspect
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 from torch import nn
 
-from analogfx.config import Resolved, TorchInferenceRPUConfig, as_config, resolve
-from analogfx.errors import ConfigError, Conflict
+from analogfx.config import Resolved, TorchInferenceRPUConfig, as_config, doubts, resolve
+from analogfx.errors import ConfigError, Conflict, shown
+
+_SECONDS = 1.0
+"""What one regular expression may take for all names of a model; a usual one takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
         rpu_config: see :func:`analogfx.analogize`.
 
     Raises:
-        ConfigError: a config cannot run, or a pattern is none. A pattern that matches no module
-            is a warning.
+        ConfigError: a config cannot run, a pattern is none, or takes more than a second. A pattern
+            that matches no module is a warning, and so is a resolution that looks like bits.
     """
     if isinstance(rpu_config, type):
         raise ConfigError([Conflict("rpu_config", rpu_config, f"{rpu_config.__name__}(), made")])
@@ -47,6 +52,7 @@ def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
     if isinstance(rpu_config, Mapping) and not is_config(rpu_config):
         return _by_pattern(rpu_config, [name for name, _ in modules])
     if callable(rpu_config):
+        _check_callable(rpu_config)
         return {name: _chosen(rpu_config(name, module), name) for name, module in modules}
     chosen = _chosen(rpu_config, "")
     return {name: chosen for name, _ in modules}
@@ -57,9 +63,31 @@ def _chosen(config: Any, module: str, reason: str = "left digital by the config"
         return Chosen(None, None, reason, asked=True)
     try:
         own = as_config(config)
-        return Chosen(own, resolve(own))
+        resolved = resolve(own)
     except ConfigError as error:
         raise ConfigError(error.conflicts, module) from None
+    for doubt in doubts(own):
+        warnings.warn(doubt, stacklevel=4)
+    return Chosen(own, resolved)
+
+
+def _check_callable(function: Callable[..., Any]) -> None:
+    """Refuse a callable that does not take (name, module), such as a recipe that was not called."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in ones have none
+        return
+    try:
+        signature.bind("", None)
+    except TypeError:
+        name = getattr(function, "__name__", type(function).__name__)
+        valid = "a callable of (name, module)"
+        try:
+            signature.bind()
+            valid = f"{name}(), with parentheses, or {valid}"
+        except TypeError:
+            pass
+        raise ConfigError([Conflict("rpu_config", function, valid)]) from None
 
 
 def is_config(mapping: Mapping[Any, Any]) -> bool:
@@ -71,28 +99,48 @@ def is_config(mapping: Mapping[Any, Any]) -> bool:
 def _by_pattern(rules: Mapping[Any, Any], names: list[str]) -> dict[str, Chosen]:
     found: dict[str, Chosen] = {}
     for key, config in rules.items():
-        matches = _matcher(key)
-        chosen = _chosen(config, key, f"left digital by the pattern {key!r}")
-        matched = [name for name in names if matches(name)]
+        matched = _matched(key, names)
+        chosen = _chosen(config, key, f"left digital by the pattern {shown(key)}")
         if not matched:
-            warnings.warn(f"the pattern {key!r} matches no module", stacklevel=4)
+            warnings.warn(f"the pattern {shown(key)} matches no module", stacklevel=4)
         for name in matched:
             found.setdefault(name, chosen)  # the first match wins
     return {name: found.get(name, _UNMATCHED) for name in names}
 
 
-def _matcher(key: Any) -> Callable[[str], bool]:
-    """An exact name, with all inside it; a glob; or ``re:`` and a regular expression."""
+def _matched(key: Any, names: list[str]) -> list[str]:
+    """The names that a key means: an exact one, with all inside it; a glob; or ``re:`` ..."""
     if not isinstance(key, str):
         raise ConfigError([Conflict("rpu_config", key, "a module name, glob or 're:' pattern")])
     if key.startswith("re:"):
-        try:
-            pattern = re.compile(key[3:])
-        except re.error as error:
-            valid = f"a regular expression ({error})"
-            raise ConfigError([Conflict("rpu_config", key, valid)]) from None
-        return lambda name: pattern.fullmatch(name) is not None
-    return lambda name: fnmatch.fnmatchcase(name, key) or key in _around(name)
+        return _matched_by_expression(key, names)
+    return [name for name in names if fnmatch.fnmatchcase(name, key) or key in _around(name)]
+
+
+def _matched_by_expression(key: str, names: list[str]) -> list[str]:
+    """The names that a regular expression matches as a whole.
+
+    Repeats inside repeats can take longer than the age of the universe, and Python's own ``re``
+    cannot be stopped; ``regex`` can.
+    """
+    try:
+        pattern = regex.compile(key[3:])
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        valid = f"a regular expression ({error or type(error).__name__})"
+        raise ConfigError([Conflict("rpu_config", key, valid)]) from None
+    end = time.monotonic() + _SECONDS
+    matched = []
+    try:
+        for name in names:
+            if pattern.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3)):
+                matched.append(name)
+    except TimeoutError:
+        valid = (
+            f"a regular expression that matches {len(names)} names within {_SECONDS:g} s: "
+            "avoid repeats inside repeats, such as (a+)+"
+        )
+        raise ConfigError([Conflict("rpu_config", key, valid)]) from None
+    return matched
 
 
 def _around(name: str) -> Iterator[str]:

@@ -6,13 +6,15 @@ field refuses an unknown name and a wrong type on assignment. Whether the fields
 decided by `resolve`, which turns a config into the plain scalars that all later layers read.
 
 A resolution (``inp_res``, ``out_res``, ``res``) above 1 is a number of steps over the full range,
-one in (0, 1] is the step as a fraction of it, and anything else means no quantization.
+one in (0, 1] is the step as a fraction of it, and anything else means no quantization. `bits` gives
+the number of steps of a converter whose width is known in bits.
 """
 
 import copy
 import difflib
 import json
 import math
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -20,7 +22,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
-from analogfx.errors import ConfigError, Conflict
+from analogfx.errors import ConfigError, Conflict, shown
 
 SCHEMA = 1
 """Version of the layout that `TorchInferenceRPUConfig.to_dict` writes."""
@@ -83,7 +85,7 @@ class _Section:
         kinds = {item.name: item.type for item in fields(self)}
         where = f"{self._path}.{name}" if self._path else name
         if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
+            close = difflib.get_close_matches(name[:100], kinds, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f" ({', '.join(kinds)})"
             raise ConfigError([Conflict(where, value, f"a field of {type(self).__name__}{hint}")])
         object.__setattr__(self, name, _coerce(kinds[name], value, where))
@@ -110,7 +112,11 @@ class WeightClipParameter(_Section, path="clip"):
     """Clipping of the weights."""
 
     sigma: float = -1.0
-    """Bound in standard deviations, for the Gaussian types."""
+    """Bound in standard deviations, for the Gaussian types; at most 0: weights are not clipped.
+
+    A Gaussian type without it still decides to what ``forward.out_bound`` refers: the largest
+    weight of the output channel (``LAYER_GAUSSIAN_PER_CHANNEL``) or of the tile.
+    """
     type: WeightClipType = WeightClipType.NONE
 
 
@@ -157,7 +163,7 @@ class InputRangeParameter(_Section, path="pre_post.input_range"):
     init_value: float = 3.0
     """The range before any data was seen."""
     init_from_data: int = 100
-    """Number of training batches that set the range from their statistics."""
+    """Number of training batches that set the range from their statistics; at most 0: none."""
     init_std_alpha: float = 3.0
     """The range that statistics set, in standard deviations of the inputs."""
     decay: float = 0.001
@@ -211,7 +217,7 @@ class TorchInferenceRPUConfig(_Section):
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # syntax; 5,000 digits; a nesting too deep
             raise ConfigError([Conflict("JSON", text, f"a JSON object ({error})")]) from error
         if not isinstance(data, dict):
             raise ConfigError([Conflict("JSON", data, "a JSON object")])
@@ -241,6 +247,45 @@ def as_config(config: object) -> TorchInferenceRPUConfig:
         raise ConfigError([Conflict("rpu_config", type(config), valid)])
     _replace_deprecated(own.modifier)
     return own
+
+
+def bits(width: int) -> int:
+    """Return the number of steps of a converter: ``2**width - 2``, as ``inp_res`` counts them.
+
+    There is one level less than the code has values, so that the levels lie symmetrically around
+    zero and zero is one of them: 8 bits are the 255 levels -127 .. 127, with 254 steps between.
+
+    Args:
+        width: Bits of the converter, 2 to 24: float32 resolves no more.
+
+    Raises:
+        ValueError: For any other width.
+        TypeError: For what is no whole number.
+
+    Example:
+        >>> bits(8)
+        254
+    """
+    width = operator.index(width)
+    if not 2 <= width <= 24:
+        raise ValueError(f"bits({shown(width)}): expected 2 to 24 bits")
+    return (1 << width) - 2
+
+
+def doubts(config: TorchInferenceRPUConfig) -> list[str]:
+    """Return a sentence for every field that can run and is probably not what was meant.
+
+    8, 10 and 12 are usual widths of converters in bits, and no number of steps that one has.
+    """
+    found = []
+    for section, name in (("forward", "inp_res"), ("forward", "out_res"), ("modifier", "res")):
+        value = getattr(getattr(config, section), name)
+        if value in (8, 10, 12):
+            found.append(
+                f"{section}.{name} = {value:g} is a quantizer of {value:g} steps; "
+                f"for {value:g} bits set analogfx.bits({value:g}), that is {bits(int(value))}"
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -277,7 +322,7 @@ class Resolved:
     weight_per_channel: bool
     learnable_clip: bool
     clip_sigma: float
-    """Bound of the Gaussian clip after the optimizer step."""
+    """Bound of the Gaussian clip after the optimizer step; 0.0 if there is none."""
     clip_per_channel: bool
     bound_per_channel: bool
     """Whether ``out_bound`` refers to the largest weight of the channel, not of the tile."""
@@ -311,7 +356,7 @@ def resolve(config: object) -> Resolved:
     config = as_config(config)
     mode = _range_mode(config)
     conflicts = [
-        *_non_finite(config),
+        *_beyond_arithmetic(config),
         *_range_conflicts(config.pre_post.input_range, mode),
         *_converter_conflicts(config.forward, mode),
         *_weight_conflicts(config.modifier, config.clip),
@@ -327,7 +372,7 @@ def resolve(config: object) -> Resolved:
         range_mode=mode,
         learn_range=mode in ("static", "fast") and ranges.learn_input_range,
         init_value=ranges.init_value,
-        init_from_data=ranges.init_from_data,
+        init_from_data=max(ranges.init_from_data, 0),
         init_std_alpha=ranges.init_std_alpha,
         momentum=ranges.act_range_momentum,
         decay=ranges.decay,
@@ -344,7 +389,7 @@ def resolve(config: object) -> Resolved:
             modifier.quantization_type is WeightQuantizationType.DISCRETIZE_PER_CHANNEL
         ),
         learnable_clip=clip.type is WeightClipType.LEARNABLE_PER_CHANNEL,
-        clip_sigma=clip.sigma if _is_gaussian(clip) else 0.0,
+        clip_sigma=max(clip.sigma, 0.0) if _is_gaussian(clip) else 0.0,
         clip_per_channel=clip.type is WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         bound_per_channel=clip.type
         in (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL),
@@ -354,6 +399,13 @@ def resolve(config: object) -> Resolved:
 _SectionT = TypeVar("_SectionT", bound=_Section)
 
 _NUMBERS: dict[type, type] = {bool: bool, int: Integral, float: Real}
+
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Magnitudes within which products and quotients of scalars, weights and inputs stay in float32."""
+
+_INT64 = 2**63 - 1
+_MOST_BATCHES = 2**31 - 1
+"""A range that was calibrated is marked by a count of 2**31 batches."""
 
 _TRANSLATION = {
     WeightModifierType.DISCRETIZE: ("NONE", "DISCRETIZE"),
@@ -381,7 +433,10 @@ def _coerce(kind: Any, value: object, where: str) -> object:
     else:
         # A bool is an Integral to Python, but True is no resolution.
         if isinstance(value, _NUMBERS[kind]) and (kind is bool or not isinstance(value, bool)):
-            return kind(value)
+            try:
+                return kind(value)
+            except OverflowError:  # an integer too large for a float
+                raise ConfigError([Conflict(where, value, "a number below 1e30")]) from None
         valid = f"a value of type {kind.__name__}"
     raise ConfigError([Conflict(where, value, valid)])
 
@@ -453,13 +508,23 @@ def _is_gaussian(clip: WeightClipParameter) -> bool:
     return clip.type in (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
 
 
-def _non_finite(section: _Section) -> Iterator[Conflict]:
+def _beyond_arithmetic(section: _Section) -> Iterator[Conflict]:
+    """Numbers that float32, and the 64 bits of an integer, do not hold: in every field."""
     for item in fields(section):
         value = getattr(section, item.name)
+        where = f"{section._path}.{item.name}"
         if isinstance(value, _Section):
-            yield from _non_finite(value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield Conflict(f"{section._path}.{item.name}", value, "a finite number")
+            yield from _beyond_arithmetic(value)
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                yield Conflict(where, value, "a finite number")
+            elif value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
+                valid = f"0, or a magnitude of {_SMALLEST} to {_LARGEST}, for float32"
+                yield Conflict(where, value, valid)
+        elif isinstance(value, int):
+            most = _MOST_BATCHES if item.name == "init_from_data" else _INT64
+            if not -_INT64 <= value <= most:
+                yield Conflict(where, value, f"a whole number, at most {most}")
 
 
 def _range_conflicts(ranges: InputRangeParameter, mode: str) -> Iterator[Conflict]:
@@ -474,8 +539,6 @@ def _range_conflicts(ranges: InputRangeParameter, mode: str) -> Iterator[Conflic
     if mode in ("static", "fast"):
         if ranges.init_value <= 0:
             yield conflict("init_value", "a number above 0")
-        if ranges.init_from_data < 0:
-            yield conflict("init_from_data", "a number of batches, or 0 to keep init_value")
     if mode == "static":
         if ranges.init_std_alpha <= 0:
             yield conflict("init_std_alpha", "a number above 0")
@@ -514,6 +577,3 @@ def _weight_conflicts(
     ):
         valid = "NONE or DISCRETIZE_PER_CHANNEL with clip.type = LEARNABLE_PER_CHANNEL"
         yield Conflict("modifier.quantization_type", modifier.quantization_type, valid)
-    if _is_gaussian(clip) and clip.sigma <= 0:
-        valid = f"a number above 0 with clip.type = {clip.type.name}"
-        yield Conflict("clip.sigma", clip.sigma, valid)

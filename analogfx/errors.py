@@ -1,7 +1,47 @@
 """The errors that analogfx raises on purpose, each saying what was found and what would do."""
 
+import reprlib
 from collections.abc import Iterable
 from typing import NamedTuple
+
+_LONGEST = 300
+"""Characters of a message that one value may take."""
+_MOST = 50
+"""Lines of a message about a config."""
+
+
+def shown(value: object) -> str:
+    """``repr`` of a value, with the middle left out where it is long.
+
+    Whoever reads a message needs to recognise the value, not to have all of it; a value that
+    comes from a file may be of any size, and Python refuses to print an integer of 5,000 digits.
+
+    Args:
+        value: anything.
+
+    Returns:
+        At most 300 characters.
+
+    Example:
+        >>> shown("a" * 1000)[-8:]
+        "aaaaaaa'"
+    """
+    reader = reprlib.Repr()
+    reader.maxstring = reader.maxother = reader.maxlong = _LONGEST
+    reader.maxdict = reader.maxlist = reader.maxtuple = reader.maxset = 20
+    try:
+        text = reader.repr(value)
+    except ValueError:
+        text = f"<{type(value).__name__}>"
+    return abridged(text)
+
+
+def abridged(text: str) -> str:
+    """A text of at most 300 characters, with the middle left out where it is longer."""
+    if len(text) <= _LONGEST:
+        return text
+    half = (_LONGEST - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 class AnalogfxError(Exception):
@@ -23,7 +63,9 @@ class Conflict(NamedTuple):
 
 
 class ConfigError(AnalogfxError, ValueError):
-    """An RPU config that cannot run; lists every conflict, one a line.
+    """An RPU config that cannot run; lists every conflict, one a line, of the first 50.
+
+    Long values are abridged in the text; ``conflicts`` has them whole.
 
     Args:
         conflicts: All that is wrong with the config.
@@ -36,11 +78,14 @@ class ConfigError(AnalogfxError, ValueError):
         super().__init__(self.conflicts, module)
 
     def __str__(self) -> str:
-        prefix = f"{self.module}: " if self.module else ""
-        return "\n".join(
-            f"{prefix}{field} = {value!r}: expected {valid}"
-            for field, value, valid in self.conflicts
-        )
+        prefix = f"{abridged(self.module)}: " if self.module else ""
+        lines = [
+            f"{prefix}{abridged(field)} = {shown(value)}: expected {abridged(valid)}"
+            for field, value, valid in self.conflicts[:_MOST]
+        ]
+        if len(self.conflicts) > _MOST:
+            lines.append(f"{prefix}{len(self.conflicts) - _MOST} more")
+        return "\n".join(lines)
 
 
 class CaptureError(AnalogfxError):

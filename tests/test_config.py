@@ -307,12 +307,10 @@ CONFLICTS = {
         modifier__res=14,
         clip__type="LEARNABLE_PER_CHANNEL",
     ),
-    "clip.sigma": make(clip__type="LAYER_GAUSSIAN"),
     "pre_post.input_range.dynamic": with_range(fast_mode=True, dynamic=True),
     "pre_post.input_range.act_range_momentum": with_range(fast_mode=True, act_range_momentum=1.5),
     "pre_post.input_range.init_value": with_range(init_value=0),
     "pre_post.input_range.init_std_alpha": with_range(init_std_alpha=-1),
-    "pre_post.input_range.init_from_data": with_range(init_from_data=-1),
     "pre_post.input_range.decay": with_range(decay=-0.1),
     "pre_post.input_range.input_min_percentage": with_range(input_min_percentage=95),
 }
@@ -367,13 +365,12 @@ class TestConflicts:
         assert [conflict.field for conflict in conflicts_of(config)] == ["modifier.res"]
 
     def test_message_has_one_line_for_each_and_the_module(self):
-        config = make(forward__inp_res=254, clip__type="LAYER_GAUSSIAN")
+        config = make(forward__inp_res=254, modifier__noise_type="ADD_NORMAL", modifier__std_dev=-1)
         error = ConfigError(conflicts_of(config), module="encoder.fc1")
         assert str(error).splitlines() == [
             "encoder.fc1: forward.inp_res = 254.0: "
             "expected -1 (off), or with pre_post.input_range.enable = True",
-            "encoder.fc1: clip.sigma = -1.0: "
-            "expected a number above 0 with clip.type = LAYER_GAUSSIAN",
+            "encoder.fc1: modifier.std_dev = -1.0: expected a number above 0, or 0 for none",
         ]
         assert isinstance(error, AnalogfxError)
         assert isinstance(error, ValueError)
