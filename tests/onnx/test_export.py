@@ -685,7 +685,7 @@ def test_a_link_stays_a_link(tmp_path):
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("analogfx.onnx.find_spec", lambda name: None)
     with pytest.raises(
-        OnnxError, match=r"onnx, onnxscript, onnxruntime: pip install 'analogfx\[onnx"
+        OnnxError, match=r"onnx, onnx_ir, onnxscript, onnxruntime: pip install 'analogfx\[onnx"
     ):
         export_onnx(cases.mlp(), (torch.randn(1, 12),), tmp_path / "m")
 
