@@ -14,7 +14,7 @@ from analogfx.errors import OnnxError
 if TYPE_CHECKING:
     from analogfx.onnx.read import OnnxSites
 
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_NEEDED = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 def export_onnx(

@@ -8,6 +8,7 @@ is left in a file.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import re
 import traceback
@@ -87,10 +88,16 @@ def _check_outputs(analog: nn.Module, program: ExportedProgram) -> None:
 
 
 def _name_outputs(graph: ir.Graph, program: ExportedProgram) -> None:
-    """Call outputs what the model calls them, such as "logits", whatever computes them."""
+    """Call outputs what the model calls them, such as "logits", whatever computes them.
+
+    A None that the model returns has no output in a file.
+    """
     taken = {v.name for v in graph.inputs} | set(graph.initializers)
     taken |= {v.name for node in graph.all_nodes() for v in node.outputs}
-    numbered = tree_unflatten(list(range(len(graph.outputs))), program.call_spec.out_spec)
+    returned = program.graph_signature.output_specs[-program.call_spec.out_spec.num_leaves :]
+    count = itertools.count()
+    places = [None if isinstance(s.arg, ConstantArgument) else next(count) for s in returned]
+    numbered = tree_unflatten(places, program.call_spec.out_spec)
     for number, path in _leaves(numbered):
         name, value = "_".join(path) or "output", graph.outputs[number]
         if name not in taken and not value.is_graph_input() and not value.is_initializer():

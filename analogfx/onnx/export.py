@@ -163,12 +163,12 @@ class _Written:
     seeds: Seeds | None
     probes: list[Probe] = field(default_factory=list)
 
-    def call(self, x: ir.Value, y: ir.Value) -> str:
+    def call(self, x: ir.Value, y: ir.Value, integer: bool) -> str:
         """Note another call; returns its name, which has a number if there are others."""
         again = f"@{len(self.probes) + 1}" if self.probes else ""
         bias = self.inputs.get("bias")
         names = (None if value is None else str(value.name) for value in (x, y, bias))
-        self.probes.append(Probe(self.site, self.site.name + again, *names))  # type: ignore
+        self.probes.append(Probe(self.site, self.site.name + again, *names, integer))  # type: ignore
         return self.probes[-1].label
 
     def draws(self) -> bool:
@@ -245,7 +245,7 @@ def _replace(
     x, old = call.node.inputs[0], call.node.outputs[0]
     assert x is not None and x.dtype is not None
     operator = _operator(call, written, x.dtype, level)
-    writer.scope = written.call(x, old)
+    writer.scope = written.call(x, old, operator.integer)
     rest = (written.inputs.get(name) for name in operator.inputs[1:])
     y = writer.call(operator, x, *rest, name=writer.scope)
     y.type, y.shape, y.name = old.type, old.shape, old.name

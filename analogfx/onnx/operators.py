@@ -23,6 +23,13 @@ from analogfx.onnx.writer import Writer
 _CODES = 127
 """Largest code of an 8-bit converter."""
 
+_PAIRED = 64
+"""Largest weight code of which a kernel may add two products with bytes in 16 bits.
+
+The instruction of x86 that multiplies unsigned by signed bytes (pmaddubsw) adds products in pairs
+and saturates: 2 * 255 * 64 = 32640 fits in a signed 16-bit number, with 65 it does not.
+"""
+
 
 def _tiny(dtype: ir.DataType) -> float:
     return float(np.finfo(dtype.numpy()).tiny)
@@ -274,6 +281,24 @@ class _Site:
         """The code of 0. Unsigned, because runtimes on x86 are fast for that alone."""
         return w.op("Constant", value=ir.tensor(np.array(_CODES + 1, np.uint8)))
 
+    def in_pairs(
+        self, w: Writer, x: ir.Value, codes: ir.Value, axis: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """Codes whose products no kernel saturates: large weights as two halves, inputs twice.
+
+        Args:
+            x: codes of the input, uint8.
+            codes: of the weight, int8; its inputs are axis 1.
+            axis: of the inputs in ``x``.
+        """
+        if round(self.spec.weight_states / 2) <= _PAIRED:
+            return x, codes
+        whole = w.op("Cast", codes, to=ir.DataType.INT32)
+        half = w.op("Div", whole, w.op("Constant", value=ir.tensor(np.array(2, np.int32))))
+        halves = (half, w.op("Sub", whole, half))
+        signed = [w.op("Cast", part, to=ir.DataType.INT8) for part in halves]
+        return w.op("Concat", x, x, axis=axis), w.op("Concat", *signed, axis=1)
+
     def fits_integers(self) -> bool:
         """Whether the product of the DAC's codes with the weight's fits 8-bit kernels."""
         static = self.spec.range_mode in ("static", "fast")
@@ -372,6 +397,7 @@ class AnalogLinear(_Site):
     ) -> ir.Value:
         assert r is not None and scale is not None
         x, step = self.input_codes(w, x, r)
+        x, codes = self.in_pairs(w, x, codes, -1)
         matrix = w.op("Transpose", codes, perm=[1, 0])
         count = w.op("MatMulInteger", x, matrix, self.zero_point(w))
         return w.op("Mul", w.op("Cast", count, to=self.dtype), w.op("Mul", step, scale))
@@ -486,15 +512,33 @@ class AnalogConv(_Site):
         bound = adc.bound(w, r, a)
         step = w.op("Expand", adc.step(w, bound), w.op("Shape", scale))
         x, x_step = self.input_codes(w, x, r)
-        zero, int8_zero = self.zero_point(w), ir.tensor(np.array(0, np.int8))
+        zero = self.zero_point(w)
+        x, codes, weight_zero = self._convolved_codes(w, x, codes)
         y = w.op(
             "QLinearConv",
             *(x, x_step, zero),
-            *(w.op("Cast", codes, to=ir.DataType.INT8), w.op("Div", scale, step)),
-            *(w.op("Constant", value=int8_zero), w.scalar(1.0, self.dtype), zero),
+            *(codes, w.op("Div", scale, step), weight_zero),
+            *(w.scalar(1.0, self.dtype), zero),
             **self._geometry(),
         )
         y = w.op("DequantizeLinear", y, step, w.op("Expand", zero, w.op("Shape", scale)), axis=1)
         if not scalar:
             bound = w.op("Reshape", bound, w.ints(-1, *[1] * len(self.window.stride)))
         return _clamp(w, y, bound, self.dtype, scalar)  # a code of -128 is beyond the bound
+
+    def _convolved_codes(
+        self, w: Writer, x: ir.Value, codes: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Codes of input and weight whose products no kernel saturates, and the weight's code of 0.
+
+        Groups have few inputs each, and depthwise kernels one, so halves would cost more than
+        unsigned weights, which kernels multiply in 32 bits.
+        """
+        if self.spec.groups == 1:
+            codes = w.op("Cast", codes, to=ir.DataType.INT8)
+            none = w.op("Constant", value=ir.tensor(np.array(0, np.int8)))
+            return *self.in_pairs(w, x, codes, 1), none
+        whole = w.op("Cast", codes, to=ir.DataType.INT32)
+        middle = w.op("Constant", value=ir.tensor(np.array(_CODES + 1, np.int32)))
+        unsigned = w.op("Cast", w.op("Add", whole, middle), to=ir.DataType.UINT8)
+        return x, unsigned, self.zero_point(w)

@@ -2,8 +2,9 @@
 
 First site by site: from the input that the file's site sees, its output must lie in the interval
 that rounding leaves (:mod:`analogfx.onnx.interval`). That is narrow, and tells which site is off.
+Then on inputs that drive its codes to their ends (:mod:`analogfx.onnx.drive`).
 
-Then from end to end, also on other sizes. Two programs that sum the same products in another order
+Last from end to end, also on other sizes. Two programs that sum the same products in another order
 differ by rounding, and where a converter rounds, a difference of one bit can become a whole step,
 which the next layers carry on. How far that may go depends on the model; so it is measured: the
 model runs once more with every product of its tiles and every digital result off by a small
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analogfx.errors import OnnxError
 from analogfx.onnx.arguments import bound, other_batches, other_lengths, sharing, tensors_of
+from analogfx.onnx.drive import Driven, driven, run_apart
 from analogfx.onnx.interval import interval
 from analogfx.onnx.runtimes import Run, host, load
 from analogfx.onnx.sites import Programmed
@@ -108,6 +110,8 @@ class Probe(NamedTuple):
     y: str
     bias: str | None
     """None for a site without a bias."""
+    integer: bool
+    """Whether the file multiplies codes by codes here."""
 
 
 def check(
@@ -127,6 +131,9 @@ def check(
     """
     call = args, dict(kwargs)
     inputs = tensors_of(bound(analog, *call))
+    _check_numbers("input", inputs)
+    with torch.no_grad():
+        _check_numbers(f"{type(analog).__name__}: output", tensors_of(analog(*args, **kwargs)))
     _check_sites(file, analog, inputs, probes)
     run = load(file)
     batched, sequences = _free(file, inputs)
@@ -163,19 +170,53 @@ def _takes(analog: nn.Module, args: Any, kwargs: Any) -> bool:
 def _check_sites(
     file: Path, analog: nn.Module, inputs: Sequence[Tensor], probes: Sequence[Probe]
 ) -> None:
-    """Refuse a file in which a site's output is not what its own input allows."""
-    values = _values(file, inputs, {name for p in probes for name in p[2:] if name})
+    """Refuse a file in which a site's output is not what its own input allows.
+
+    Every site is checked on what the model gives it, and on inputs that drive its codes to the
+    ends.
+    """
+    biases = {p.bias for p in probes if p.bias}
+    values = _values(file, inputs, {name for p in probes for name in (p.x, p.y)} | biases)
     for probe in probes:
-        x, y = values[probe.x], values[probe.y]
-        low, high = interval(probe.site, x, values[probe.bias] if probe.bias else None)
-        lost = y.isnan() & low.isfinite() & high.isfinite()
-        outside = (y < low) | (y > high) | lost
-        if outside.any():
-            worst = torch.maximum(low - y, y - high)[outside].max().item()
+        _check_site(analog, probe, values[probe.x], values)
+    calls = [Driven(p.label, p.x, p.y, driven(p.site, values[p.x])) for p in probes]
+    outputs = run_apart(file, calls, biases, values)
+    for probe, call in zip(probes, calls, strict=True):
+        _check_site(analog, probe, call.given, outputs, ", driven to the ends of its codes,")
+
+
+def _check_site(
+    analog: nn.Module, probe: Probe, x: Tensor, values: Mapping[str, Tensor], how: str = ""
+) -> None:
+    y = values[probe.y]
+    low, high = interval(probe.site, x, values[probe.bias] if probe.bias else None)
+    lost = y.isnan() & low.isfinite() & high.isfinite()
+    outside = (y < low) | (y > high) | lost
+    if outside.any():
+        worst = torch.maximum(low - y, y - high)[outside].max().item()
+        raise OnnxError(
+            f"the exported model disagrees with {type(analog).__name__} at {probe.label}: "
+            f"{int(outside.sum())} of its {y.numel()} outputs{how} are off by more than rounding "
+            f"explains, by up to {worst:.3g}. {_REMEDY[probe.integer]}"
+        )
+
+
+_REMEDY = {
+    True: "The integer kernels of ONNX Runtime on this machine are not exact: another version may "
+    'be, and level="standard" does without them',
+    False: "A kernel of ONNX Runtime differs from its operator: another version, opset or level "
+    "may do",
+}
+"""By whether a site multiplies integers."""
+
+
+def _check_numbers(what: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse NaN, which no comparison would find."""
+    for number, t in enumerate(tensors):
+        if t.is_floating_point() and t.isnan().any():
             raise OnnxError(
-                f"the exported model disagrees with {type(analog).__name__} at {probe.label}: "
-                f"{int(outside.sum())} of its {y.numel()} outputs are off by more than rounding "
-                f"explains, by up to {worst:.3g}"
+                f"{what} {number} holds {int(t.isnan().sum())} NaN in {t.numel()} values, which "
+                "can be compared with nothing: verify needs an example and a model without NaN"
             )
 
 

@@ -481,6 +481,21 @@ def test_outputs_without_names_are_numbered(tmp_path):
     assert shapes(graph.output) == {"output_0": ["batch", 3], "output_1_more": ["batch", 3]}
 
 
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [
+        (lambda y: (y, None), ["output_0"]),
+        (lambda y: (None, {"logits": y, "cache": None, "state": 2 * y}),
+         ["output_1_logits", "output_1_state"]),
+    ],
+)  # fmt: skip
+def test_none_beside_tensors_has_no_output(returned, named, tmp_path):
+    x = torch.randn(3, 12)
+    analog = cases.analog(lambda: After(returned), cases.CONFIGS["afm"], x)
+    export_onnx(analog, (x,), tmp_path / "m")
+    assert [o.name for o in onnx.load(tmp_path / "m").graph.output] == named
+
+
 @pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Tanh])
 def test_a_runtime_may_leave_out_a_rounding_to_float16_before_a_dac(tmp_path, activation):
     # ONNX Runtime computes these in float32, and in front of a site drops the cast to float16.
@@ -685,7 +700,7 @@ def test_a_link_stays_a_link(tmp_path):
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("analogfx.onnx.find_spec", lambda name: None)
     with pytest.raises(
-        OnnxError, match=r"onnx, onnxscript, onnxruntime: pip install 'analogfx\[onnx"
+        OnnxError, match=r"onnx, onnx_ir, onnxscript, onnxruntime: pip install 'analogfx\[onnx"
     ):
         export_onnx(cases.mlp(), (torch.randn(1, 12),), tmp_path / "m")
 

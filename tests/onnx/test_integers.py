@@ -1,0 +1,102 @@
+"""Integer products in a file: no kernel of any machine saturates on their operands."""
+
+import numpy as np
+import onnx
+import onnx_cases as cases
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from analogfx import export_onnx, load_onnx_sites
+
+
+def bytes_config(states):
+    return cases.config(
+        forward__inp_res=254,
+        forward__out_res=254,
+        forward__out_bound=10,
+        modifier__quantization_type="DiscretizePerChannel",
+        modifier__res=states,
+        mapping__max_input_size=40,
+    )
+
+
+PRODUCTS = {
+    "linear, 2 tiles": (lambda: nn.Linear(64, 8), (4, 64)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 6, 6)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
+    "depthwise": (lambda: nn.Conv1d(6, 6, 3, groups=6), (2, 6, 9)),
+}
+
+
+def integer_operands(path, x):
+    """Inputs by name of every integer product in a file, as it runs."""
+    model = onnx.load(path)
+    products = [n for n in model.graph.node if "Integer" in n.op_type or "QLinear" in n.op_type]
+    known = {o.name for o in model.graph.output}
+    if not products:
+        return
+    wanted = sorted({name for n in products for name in n.input} - known)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    feed = {model.graph.input[0].name: x.numpy()}
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(wanted, feed)
+    values = dict(zip(wanted, found, strict=True))
+    for node in products:
+        names = {
+            "MatMulInteger": ("x", "weight", "x_zero", "weight_zero"),
+            "QLinearConv": ("x", "x_scale", "x_zero", "weight", "weight_scale", "weight_zero"),
+        }[node.op_type]
+        operands = {n: values[v] for n, v in zip(names, node.input, strict=False)}
+        if node.op_type == "MatMulInteger":
+            operands["weight"] = operands["weight"].T
+        yield operands
+
+
+def pmaddubsw(x, w):
+    """x86's product of unsigned with signed bytes: pairs are added in 16 bits, saturating."""
+    pairs = (x.astype(np.int32) * w).reshape(-1, 2).sum(1)
+    return np.clip(pairs, -(1 << 15), (1 << 15) - 1).sum()
+
+
+@pytest.mark.parametrize("states", [14, 128, 130, 254])
+@pytest.mark.parametrize("layer", PRODUCTS)
+def test_no_kernel_saturates(layer, states, tmp_path):
+    make, shape = PRODUCTS[layer]
+    x = 4 * torch.randn(shape)
+    analog = cases.analog(make, bytes_config(states), x)
+    export_onnx(analog, (x,), tmp_path / "m", level="qdq")
+    products = list(integer_operands(tmp_path / "m", x))
+    (site,) = load_onnx_sites(tmp_path / "m").sites
+    assert len(products) == site.tile_grid[0]
+    written = []
+    for operands in products:
+        assert operands["x"].dtype == np.uint8 and operands["x_zero"] == 128
+        weight = operands["weight"]
+        flat = weight.reshape(len(weight), -1).astype(np.int32)
+        if weight.dtype == np.uint8:  # kernels widen both before they multiply
+            assert operands["weight_zero"] == 128
+            written.append(flat - 128)
+            continue
+        assert weight.dtype == np.int8 and not operands.get("weight_zero", np.int8(0)).any()
+        for row in np.sort(flat):
+            for sign in (1, -1):  # the input that drives a row furthest
+                driven = np.where(sign * row > 0, 255, 1).astype(np.uint8)
+                assert pmaddubsw(driven, row) == driven.astype(np.int32) @ row
+        written.append(flat.reshape(len(flat), 2 if states > 128 else 1, -1).sum(1))
+    codes = site.codes()
+    np.testing.assert_array_equal(np.concatenate(written, 1), codes.reshape(len(codes), -1))
+
+
+@pytest.mark.parametrize("level", sorted(set(cases.LEVELS) - {"qdq"}))
+def test_other_levels_multiply_no_integers(level, tmp_path):
+    make, shape = PRODUCTS["conv"]
+    x = torch.randn(shape)
+    analog = cases.analog(make, bytes_config(254), x)
+    export_onnx(analog, (x,), tmp_path / "m", level=level, verify=False)
+    assert list(integer_operands(tmp_path / "m", x)) == []
+
+
+def test_the_oracle_saturates():
+    x, w = np.uint8([255, 255, 1, 1]), np.int32([65, 64, 127, 127])
+    assert pmaddubsw(x, w) == (1 << 15) - 1 + 254
