@@ -1,6 +1,6 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
-from analogfx import errors, recipes
+from analogfx import chip, errors, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
@@ -18,6 +18,7 @@ from analogfx.config import (
     WeightNoiseInjectionType,
     WeightQuantizationType,
 )
+from analogfx.device import Device, load_device, program
 from analogfx.evaluation import programmed
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
@@ -27,6 +28,7 @@ from analogfx.training import clip_after_step, clip_weights, quantize_weights, w
 __version__ = "0.1.0"
 
 __all__ = [
+    "Device",
     "IOParameters",
     "InputRangeParameter",
     "MappingParameter",
@@ -40,13 +42,16 @@ __all__ = [
     "WeightQuantizationType",
     "analogize",
     "backend_state",
+    "chip",
     "clip_after_step",
     "clip_weights",
     "errors",
     "explain",
     "export_onnx",
     "load",
+    "load_device",
     "load_onnx_sites",
+    "program",
     "programmed",
     "quantize_weights",
     "recipes",

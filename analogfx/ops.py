@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from analogfx.compiled import keep_in_order, keep_result, order_in_inductor
-from analogfx.kernels import conv, dispatch, linear, noise
+from analogfx.kernels import conv, dispatch, held, linear, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
@@ -496,4 +496,33 @@ _define(
     _fake_conv,
     _fused_setup,
     _fused_backward(torch.ops.analogfx.analog_conv_backward.default),
+)
+
+# ------------------------------------------------------------------------ what a chip holds
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("a programmed chip has no gradient: leave device.at() to train the model")
+
+
+_HELD = "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? peaks, Tensor? gain, "
+_define(
+    "held_linear",
+    _HELD + "str spec",
+    "Tensor",
+    lambda *args: held.linear(*args[:-1], decode(MVMSpec, args[-1])),
+    lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+)
+_define(
+    "held_conv",
+    _HELD + "str window, str spec",
+    "Tensor",
+    lambda *args: held.conv(*args[:-2], decode(Window, args[-2]), decode(MVMSpec, args[-1])),
+    lambda x, weight, *rest: conv.laid_out(
+        x.new_empty(conv.out_shape(x, weight, decode(Window, rest[-2]))), x
+    ),
+    lambda ctx, inputs, output: None,
+    _no_gradient,
 )
