@@ -310,15 +310,33 @@ class _Draws:
         return noise.normal(seed, 0, like.shape, like.dtype).to(like.device)
 
 
+_BLOCK = 1 << 14
+"""Devices of a tile that are computed at a time. Part of what a chip is: never tuned.
+
+Below the size at which torch splits an operation over threads, whose seams would show in the last
+bit; and small enough for a cache.
+"""
+
+
 def _read_tile(
     model: NoiseModel, target: Tensor, tile: str, seconds: float, read: int
 ) -> tuple[Tensor, Tensor]:
     """The weights of one tile after programming, and as a reading finds them."""
     goal, scale = model.g_converter.to_conductances(target)
-    programmed = model.programmed(goal, _Draws(tile, "program"))
-    drift = model.drift(goal, _Draws(tile, "drift"))
-    now = model.at(programmed, drift, seconds, _Draws(tile, f"read/{seconds!r}/{read}"))
-    return tuple(model.g_converter.to_weights(g, scale) for g in (programmed, now))  # type: ignore
+    flat = goal.flatten(1)
+    programmed, now = torch.empty_like(flat), torch.empty_like(flat)
+    size = max(_BLOCK // max(len(flat), 1), 1)
+    for number, start in enumerate(range(0, flat.shape[1], size)):
+        block = (slice(None), slice(start, start + size))
+        one, key = flat[block].contiguous(), f"{tile}/{number}"
+        programmed[block] = begun = model.programmed(one, _Draws(key, "program"))
+        exponents = model.drift(one, _Draws(key, "drift"))
+        draws = _Draws(key, f"read/{seconds!r}/{read}")
+        now[block] = model.at(begun, exponents, seconds, draws)
+    first, last = (
+        model.g_converter.to_weights(g.view(goal.shape), scale) for g in (programmed, now)
+    )
+    return first, last
 
 
 def _products(

@@ -123,9 +123,11 @@ class TestSameAsLightning:
     def test_fields_and_defaults(self, name):
         expected = plain(getattr(lightning, name)())
         found = plain(getattr(analogfx, name)())
-        # The one field of our own.
+        # The fields of our own.
         mapping = found.get("mapping", found)
         assert mapping.pop("max_output_size", -1) == -1
+        assert found.pop("noise_model", None) is None
+        assert found.pop("drift_compensation", None) is None
         assert found == expected
         assert list(found) == list(expected)
 

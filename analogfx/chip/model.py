@@ -24,9 +24,10 @@ class Draw(Protocol):
 class NoiseModel(Record):
     """Base of noise models. One of your own is a dataclass that defines the three methods.
 
-    Conductances are in microsiemens, (n, O, I) for the n devices of each weight of a tile; times
-    are in seconds after programming. A method asks ``draw`` for its random numbers, so that a chip
-    is the same whenever it is asked for::
+    Conductances are in microsiemens, (n, weights) for the n devices of each weight in a part of a
+    tile: what becomes of a device depends on itself alone. Times are in seconds after
+    programming. A method asks ``draw`` for its random numbers, so that a chip is the same whenever
+    it is asked for::
 
         @dataclass(frozen=True)
         class Fading(NoiseModel):
