@@ -20,6 +20,7 @@ from analogfx.config import (
 )
 from analogfx.device import Device, load_device, program
 from analogfx.evaluation import programmed
+from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
 from analogfx.trace import trace
@@ -31,6 +32,7 @@ __all__ = [
     "Device",
     "IOParameters",
     "InputRangeParameter",
+    "Lifetime",
     "MappingParameter",
     "PrePostProcessingParameter",
     "TorchInferenceRPUConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "clip_after_step",
     "clip_weights",
     "errors",
+    "evaluate",
     "explain",
     "export_onnx",
     "load",
