@@ -1,6 +1,6 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
-from analogfx import errors, recipes
+from analogfx import chip, errors, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
@@ -19,7 +19,9 @@ from analogfx.config import (
     WeightQuantizationType,
     bits,
 )
+from analogfx.device import Device, load_device, program
 from analogfx.evaluation import programmed
+from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
 from analogfx.trace import trace
@@ -28,8 +30,10 @@ from analogfx.training import clip_after_step, clip_weights, quantize_weights, w
 __version__ = "0.1.0"
 
 __all__ = [
+    "Device",
     "IOParameters",
     "InputRangeParameter",
+    "Lifetime",
     "MappingParameter",
     "PrePostProcessingParameter",
     "TorchInferenceRPUConfig",
@@ -42,14 +46,18 @@ __all__ = [
     "analogize",
     "backend_state",
     "bits",
+    "chip",
     "clip_after_step",
     "clip_weights",
     "digital_state_dict",
     "errors",
+    "evaluate",
     "explain",
     "export_onnx",
     "load",
+    "load_device",
     "load_onnx_sites",
+    "program",
     "programmed",
     "quantize_weights",
     "recipes",

@@ -20,8 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
+from analogfx.chip.compensation import BaseDriftCompensation
+from analogfx.chip.model import NoiseModel
+from analogfx.chip.record import Record
+from analogfx.chip.record import read as read_record
 from analogfx.errors import ConfigError, Conflict, shown
 
 SCHEMA = 1
@@ -188,6 +192,10 @@ class TorchInferenceRPUConfig(_Section):
     modifier: WeightModifierParameter = field(default_factory=WeightModifierParameter)
     mapping: MappingParameter = field(default_factory=MappingParameter)
     pre_post: PrePostProcessingParameter = field(default_factory=PrePostProcessingParameter)
+    noise_model: NoiseModel | None = None
+    """What a chip does to the weights, for `analogfx.program`; of `analogfx.chip` or of AIHWKIT."""
+    drift_compensation: BaseDriftCompensation | None = None
+    """What makes up for drift behind the ADC; None: nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values (enumerations by value) and the ``"schema"`` version."""
@@ -237,7 +245,7 @@ def as_config(config: object) -> TorchInferenceRPUConfig:
     Raises:
         ConfigError: For any other type, unknown fields and wrong types, all of them at once.
     """
-    sections = [item.name for item in fields(TorchInferenceRPUConfig)]
+    sections = [item.name for item in fields(TorchInferenceRPUConfig) if not _is_part(item.type)]
     if isinstance(config, Mapping):
         own = TorchInferenceRPUConfig.from_dict({"schema": SCHEMA, **copy.deepcopy(config)})
     elif _is_record(config) and all(hasattr(config, name) for name in sections):
@@ -422,6 +430,8 @@ _TRANSLATION = {
 
 def _coerce(kind: Any, value: object, where: str) -> object:
     """Return ``value`` as a ``kind`` (number, enumeration or section) without changing it."""
+    if _is_part(kind):
+        return None if value is None else read_record(get_args(kind)[0], value, where)
     if issubclass(kind, _Section):
         return value if isinstance(value, kind) else _read(kind, value)
     if issubclass(kind, Enum):
@@ -439,6 +449,11 @@ def _coerce(kind: Any, value: object, where: str) -> object:
                 raise ConfigError([Conflict(where, value, "a number below 1e30")]) from None
         valid = f"a value of type {kind.__name__}"
     raise ConfigError([Conflict(where, value, valid)])
+
+
+def _is_part(kind: Any) -> bool:
+    """Whether a field holds a part of a chip, or None."""
+    return any(isinstance(k, type) and issubclass(k, Record) for k in get_args(kind))
 
 
 def _read(kind: type[_SectionT], source: object) -> _SectionT:
@@ -467,6 +482,8 @@ def _is_record(value: object) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, _Section):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Record):
+        return value.to_dict()
     return value.value if isinstance(value, Enum) else value
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from analogfx import held
 from analogfx.capture import (
     Pattern,
     bind,
@@ -29,6 +30,7 @@ from analogfx.kernels.spec import MVMSpec
 from analogfx.ops.transforms import in_transform
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site, StateNames
+from analogfx.passes.hold import hold
 from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
 
@@ -74,6 +76,8 @@ class Program:
     sites: tuple[AnalogSite, ...]
     lowered: tuple[Lowered | None, ...]
     """What every site was lowered to; None for a chain that stayed explicit."""
+    held: Callable[..., Any] | None = None
+    """The fused forward on what a chip holds, as its second argument; None in training."""
 
 
 class _ModuleContext(Context):
@@ -119,7 +123,12 @@ def build(
     pipeline.run(pipeline.FUSED, graph, context, after)
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
-    return Program(explicit, bind(graph), tuple(pipeline.decisions(graph)), sites, lowered)
+    decided, run = tuple(pipeline.decisions(graph)), bind(graph)
+    held = None
+    if not training and sites and None not in lowered:
+        pipeline.run((hold,), graph, context, after)
+        held = bind(graph)
+    return Program(explicit, run, decided, sites, lowered, held)
 
 
 def check_same_sites(first: Program, second: Program) -> None:
@@ -181,6 +190,9 @@ def _key(pattern: Pattern) -> tuple[Any, ...]:
     return tuple((name, type(value), value) for name, value in pattern)
 
 
+_placements = itertools.count()
+
+
 class Placement:
     """What makes a module analog: its config, its sites and its programs."""
 
@@ -190,6 +202,8 @@ class Placement:
         """The module's path, for messages."""
         self.config = config
         self.resolved = resolve(config)
+        self.number = next(_placements)
+        """What a chip knows the module by: another for a copy."""
         self.programs: dict[tuple[bool, Any], Program] = {}
         self.takes_constants = False
 
@@ -281,8 +295,23 @@ class Placement:
             )
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, module.training, pattern)
+        holdings = held.of(self.number)
+        if holdings is not None:
+            return self._on_chip(module, program, holdings, args, kwargs)
         run = program.explicit if _explicit else program.fused
         return run(module, *args, **kwargs)
+
+    def _on_chip(
+        self, module: nn.Module, program: Program, holdings: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Run the module on what a chip holds."""
+        if module.training:
+            raise RuntimeError(
+                f"{self.name or type(module).__name__}: a programmed chip does not train: call "
+                "eval(), or leave device.at()"
+            )
+        assert program.held is not None  # or the device would not have been made
+        return program.held(module, holdings, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
@@ -297,3 +326,4 @@ class Placement:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, config=TorchInferenceRPUConfig.from_dict(state["config"]))
+        self.number = next(_placements)

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import analogfx
+from analogfx import chip
 from analogfx import config as own
+from analogfx.chip.record import Record
 from analogfx.config import TorchInferenceRPUConfig, as_config, resolve
 from analogfx.errors import AnalogfxError, ConfigError
 
@@ -73,8 +75,13 @@ def to_lightning(value):
         return getattr(lightning_enums, type(value).__name__)[value.name]
     if not dataclasses.is_dataclass(value):
         return value
-    values = {name: to_lightning(item) for name, item in vars(value).items()}
-    values.pop("max_output_size", None)
+    values = {
+        name: to_lightning(item)
+        for name, item in vars(value).items()
+        if not isinstance(item, Record)
+    }
+    for name in ("max_output_size", "noise_model", "drift_compensation"):
+        values.pop(name, None)
     return getattr(lightning, type(value).__name__)(**values)
 
 
@@ -85,10 +92,22 @@ NUMBERS = {
 }
 
 
+PARTS = {
+    chip.NoiseModel | None: [
+        None,
+        chip.PCMLikeNoiseModel(g_max=30.0),
+        chip.StuckAtNoiseModel(chip.HermesNoiseModel(num_devices=1), at_g_min=0.1),
+    ],
+    chip.BaseDriftCompensation | None: [None, chip.PerColumnDriftCompensation()],
+}
+
+
 def sections(kind):
     """Any section of this class, whether it can run or not."""
 
     def values(of):
+        if of in PARTS:
+            return st.sampled_from(PARTS[of])
         if issubclass(of, Enum):
             return st.sampled_from(of)
         return NUMBERS[of] if of in NUMBERS else sections(of)
@@ -104,9 +123,11 @@ class TestSameAsLightning:
     def test_fields_and_defaults(self, name):
         expected = plain(getattr(lightning, name)())
         found = plain(getattr(analogfx, name)())
-        # The one field of our own.
+        # The fields of our own.
         mapping = found.get("mapping", found)
         assert mapping.pop("max_output_size", -1) == -1
+        assert found.pop("noise_model", None) is None
+        assert found.pop("drift_compensation", None) is None
         assert found == expected
         assert list(found) == list(expected)
 
@@ -201,6 +222,7 @@ class TestAsConfig:
         config.modifier.type = "NONE"
         config.modifier.enable_during_test = False
         config.mapping.max_output_size = -1
+        config.noise_model = config.drift_compensation = None
         foreign = to_lightning(config)
         before = copy.deepcopy(foreign)
         assert as_config(foreign) == config

@@ -1,0 +1,400 @@
+"""A model on a chip: programmed once, read at any time.
+
+A chip is a function of the weights that it was programmed with, of its noise models and of a seed.
+Nothing of a model is written to: inside ``at`` its products multiply by what the chip holds, and
+everything else that reads a weight (a tied embedding, a checkpoint) finds the exact one.
+
+Random numbers are drawn on the CPU whatever the model's device, each by a key made of the seed,
+the site, its tile, the step (programming, drift, a reading) and the number of the draw in it; so a
+chip is the same on every machine, and times can be asked for in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from analogfx.chip.compensation import BaseDriftCompensation
+from analogfx.chip.model import NoiseModel
+from analogfx.chip.record import read as read_record
+from analogfx.errors import CaptureError, CheckpointError, ConfigError, Conflict
+from analogfx.held import Held, holding
+from analogfx.kernels import held as kernel
+from analogfx.kernels import noise
+from analogfx.kernels.spec import MVMSpec
+from analogfx.module import AnalogModule, analog_sites, unwrapped
+from analogfx.program import AnalogSite
+
+SCHEMA = 1
+CHIP_FILE = "chip.json"
+_TENSOR_FILE = re.compile(r"chip-[0-9a-f]{8}\.safetensors")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One site's part of a chip."""
+
+    name: str
+    placement: int
+    in_sizes: tuple[int, ...]
+    out_sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the weight as the site's op takes it."""
+    model: NoiseModel
+    compensation: BaseDriftCompensation | None
+    target: Tensor
+    """(O, I) weights that it was programmed to hold."""
+    peaks: Tensor | None
+
+    def tiles(self) -> Iterator[tuple[int, int, slice, slice]]:
+        """Every tile: its number, its number along the inputs, its rows and columns of target."""
+        numbers = itertools.count()
+        for rows in _slices(self.out_sizes):
+            for column, inputs in enumerate(_slices(self.in_sizes)):
+                yield next(numbers), column, rows, inputs
+
+
+class Device:
+    """One chip that a model was programmed to; see :func:`program`."""
+
+    def __init__(self, sites: list[_Site], seed: int) -> None:
+        self.seed = seed
+        self._sites = sites
+        self._readings: Counter[float] = Counter()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        weights = sum(site.target.numel() for site in self._sites)
+        models = sorted({type(site.model).__name__ for site in self._sites})
+        return f"Device({weights} weights, {', '.join(models)}, seed={self.seed})"
+
+    @contextmanager
+    def at(self, seconds: float, read: int | None = None) -> Iterator[Device]:
+        """Inside this context the model's analog products multiply by what the chip holds now.
+
+        The chip is read on entry. Contexts nest, of one chip and of several; each thread is inside
+        its own. A product in training mode raises a ``RuntimeError``.
+
+        Args:
+            seconds: time after programming, 0 or more.
+            read: number of the reading at this time: the same one gives the same weights. None
+                takes the next.
+
+        Raises:
+            ValueError: a time below 0.
+
+        Example:
+            >>> device = analogfx.program(analog.eval(), analogfx.chip.PCMLikeNoiseModel())
+            >>> with device.at(86400.0):
+            ...     accuracy = evaluate(analog)
+        """
+        seconds = float(seconds)
+        if not (seconds >= 0 and math.isfinite(seconds)):
+            raise ValueError(f"seconds = {seconds!r}: expected a time after programming, from 0 on")
+        if read is None:
+            with self._lock:
+                read = self._readings[seconds]
+                self._readings[seconds] += 1
+        with torch.no_grad():
+            held = [self._held(site, seconds, read) for site in self._sites]
+        by_placement: dict[int, tuple[Held, ...]] = {}
+        for site, one in zip(self._sites, held, strict=True):
+            by_placement[site.placement] = (*by_placement.get(site.placement, ()), one)
+        with holding(by_placement):
+            yield self
+
+    def weights(self, seconds: float, read: int = 0) -> dict[str, Tensor]:
+        """What the tiles hold at a time, (O, I) by site, without the compensation's factors."""
+        with torch.no_grad():
+            held = [self._held(site, float(seconds), read) for site in self._sites]
+        return {s.name: h.weight.flatten(1) for s, h in zip(self._sites, held, strict=True)}
+
+    def _held(self, site: _Site, seconds: float, read: int) -> Held:
+        weight = torch.empty_like(site.target)
+        compensation = site.compensation
+        gain = None
+        if compensation is not None:
+            gain = site.target.new_empty(len(site.in_sizes), site.target.shape[0])
+        for number, column, rows, inputs in site.tiles():
+            target = site.target[rows, inputs]
+            key = f"{self.seed}/{site.name}/{number}"
+            programmed, now = _read_tile(site.model, target, key, seconds, read)
+            weight[rows, inputs] = now
+            if compensation is not None and gain is not None:
+                gain[column, rows] = compensation.factor(target, programmed, now)
+        return Held(weight.view(site.shape), site.peaks, gain)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the chip to a folder, for :func:`load_device`.
+
+        ``chip-<checksum>.safetensors`` holds what was programmed, ``chip.json`` the seed, and the
+        noise model and compensation of every site. A save that is interrupted leaves what was
+        there before.
+
+        Raises:
+            ConfigError: a noise model or compensation of one's own is no dataclass.
+        """
+        folder = Path(directory)
+        sites, tensors = [], {}
+        for site in self._sites:
+            sites.append(
+                {
+                    "name": site.name,
+                    "in_sizes": list(site.in_sizes),
+                    "out_sizes": list(site.out_sizes),
+                    "noise_model": site.model.to_dict(),
+                    "compensation": site.compensation and site.compensation.to_dict(),
+                }
+            )
+            tensors[f"{site.name}:target"] = site.target.contiguous()
+            if site.peaks is not None:
+                tensors[f"{site.name}:peaks"] = site.peaks.contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            file = Path(scratch, "chip.safetensors")
+            save_file(tensors, str(file))
+            checksum = _sha256(file)
+            place = folder / f"chip-{checksum[:8]}.safetensors"
+            record = {
+                "schema": SCHEMA,
+                "seed": self.seed,
+                "tensors": {"file": place.name, "sha256": checksum},
+                "sites": sites,
+            }
+            text = Path(scratch, CHIP_FILE)
+            text.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(file, place)
+            os.replace(text, folder / CHIP_FILE)
+        for old in folder.iterdir():
+            if _TENSOR_FILE.fullmatch(old.name) and old != place:
+                old.unlink()
+
+
+def program(
+    analog: nn.Module,
+    noise_model: Any = None,
+    compensation: Any = None,
+    seed: int = 0,
+) -> Device:
+    """Program the weights of an analog model to a chip.
+
+    The model stays as it is: use the chip by ``with device.at(seconds):``. What the chip holds is
+    fixed now; weights that change afterwards are not on it.
+
+    Args:
+        analog: what ``analogize`` or ``load`` returned, on any device but ``meta``.
+        noise_model: for all sites; None for each config's ``noise_model``. One of
+            :mod:`analogfx.chip`, one of your own, an AIHWKIT object, or a dict as in JSON.
+        compensation: likewise, for the drift; None for each config's ``drift_compensation``.
+        seed: the chip's number: the same one gives the same chip on every machine.
+
+    Raises:
+        TypeError: the model has no analog layer.
+        ConfigError: a site has no noise model, or one that cannot be.
+        CaptureError: a site has no fused product, or no weights.
+    """
+    analog = unwrapped(analog)
+    model = None if noise_model is None else read_record(NoiseModel, noise_model, "noise_model")
+    chosen = (
+        None
+        if compensation is None
+        else read_record(BaseDriftCompensation, compensation, "compensation")
+    )
+    sites = []
+    for name, module, site, spec, is_conv in _products(analog):
+        config = module._analog.config
+        of_site = config.noise_model if model is None else model
+        if of_site is None:
+            valid = "a noise model, here or as program(..., noise_model=)"
+            raise ConfigError([Conflict("noise_model", None, valid)], name)
+        weight = site.weight(module)
+        if weight.is_meta:
+            raise CaptureError(f"{name} has no weights: it is on the meta device")
+        target, peaks = kernel.asked_for(weight, getattr(module, site.state.clip, None), spec)
+        sites.append(
+            _Site(
+                name,
+                module._analog.number,
+                site.in_sizes,
+                site.out_sizes,
+                tuple(weight.shape) if is_conv else tuple(target.shape),
+                of_site,
+                config.drift_compensation if chosen is None else chosen,
+                target,
+                peaks,
+            )
+        )
+    return Device(sites, seed)
+
+
+def load_device(analog: nn.Module, directory: str | os.PathLike[str]) -> Device:
+    """The chip that :meth:`Device.save` wrote, for the model that was programmed to it.
+
+    Args:
+        analog: the analog model; its weights need not be those that were programmed.
+
+    Raises:
+        CheckpointError: the folder is damaged, of another schema, or of another model.
+        ConfigError: it names a noise model that this process has not defined.
+    """
+    folder = Path(directory)
+    record, tensors = _read_folder(folder)
+    saved = {site["name"]: site for site in record["sites"]}
+    sites = []
+    for name, module, site, _, is_conv in _products(unwrapped(analog)):
+        shape = tuple(site.weight(module).shape)
+        matrix = (shape[0], math.prod(shape[1:]))
+        found = saved.pop(name, None)
+        target = tensors.get(f"{name}:target")
+        fits = found is not None and target is not None and tuple(target.shape) == matrix
+        grid = list(site.in_sizes), list(site.out_sizes)
+        if not fits or (found["in_sizes"], found["out_sizes"]) != grid:  # type: ignore[index]
+            raise CheckpointError(f"{folder} is the chip of another model: {name} does not fit")
+        assert found is not None and target is not None
+        device = site.weight(module).device
+        peaks = tensors.get(f"{name}:peaks")
+        factor = found["compensation"]
+        sites.append(
+            _Site(
+                name,
+                module._analog.number,
+                site.in_sizes,
+                site.out_sizes,
+                shape if is_conv else matrix,
+                read_record(NoiseModel, found["noise_model"], "noise_model"),
+                factor and read_record(BaseDriftCompensation, factor, "compensation"),
+                target.to(device),
+                None if peaks is None else peaks.to(device),
+            )
+        )
+    if saved:
+        raise CheckpointError(
+            f"{folder} is the chip of another model: {sorted(saved)[0]} is no site of it"
+        )
+    return Device(sites, record["seed"])
+
+
+def key(*parts: object) -> int:
+    """A seed below 2^63 that depends on every part."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class _Draws:
+    """The random numbers of one step of one tile."""
+
+    def __init__(self, tile: str, step: str) -> None:
+        self.tile, self.step = tile, step
+        self.count = itertools.count()
+
+    def __call__(self, like: Tensor, name: str = "") -> Tensor:
+        parts = (self.tile, name) if name else (self.tile, self.step, next(self.count))
+        seed = torch.tensor(key(*parts))
+        return noise.normal(seed, 0, like.shape, like.dtype).to(like.device)
+
+
+_BLOCK = 1 << 14
+"""Devices of a tile that are computed at a time. Part of what a chip is: never tuned.
+
+Below the size at which torch splits an operation over threads, whose seams would show in the last
+bit; and small enough for a cache.
+"""
+
+
+def _read_tile(
+    model: NoiseModel, target: Tensor, tile: str, seconds: float, read: int
+) -> tuple[Tensor, Tensor]:
+    """The weights of one tile after programming, and as a reading finds them."""
+    goal, scale = model.g_converter.to_conductances(target)
+    flat = goal.flatten(1)
+    programmed, now = torch.empty_like(flat), torch.empty_like(flat)
+    size = max(_BLOCK // max(len(flat), 1), 1)
+    for number, start in enumerate(range(0, flat.shape[1], size)):
+        block = (slice(None), slice(start, start + size))
+        one, key = flat[block].contiguous(), f"{tile}/{number}"
+        programmed[block] = begun = model.programmed(one, _Draws(key, "program"))
+        exponents = model.drift(one, _Draws(key, "drift"))
+        draws = _Draws(key, f"read/{seconds!r}/{read}")
+        now[block] = model.at(begun, exponents, seconds, draws)
+    first, last = (
+        model.g_converter.to_weights(g.view(goal.shape), scale) for g in (programmed, now)
+    )
+    return first, last
+
+
+def _products(
+    analog: nn.Module,
+) -> Iterator[tuple[str, AnalogModule, AnalogSite, MVMSpec, bool]]:
+    """Every site of a model: its name, module, and the fused op that it is in evaluation.
+
+    Raises:
+        CaptureError: a site has none.
+    """
+    for path, module, site in analog_sites(analog):
+        number = module._analog.sites.index(site)
+        name = ".".join(filter(None, (path, site.state.prefix + site.name)))
+        program = next(p for (training, _), p in module._analog.programs.items() if not training)
+        lowered = program.lowered[number]
+        if lowered is None:
+            raise CaptureError(f"{name}: its chain of ops is not one that lower knows")
+        yield name, module, site, lowered.spec, lowered.is_conv
+
+
+def _slices(sizes: tuple[int, ...]) -> list[slice]:
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """A folder's record and tensors, once they have proved whole."""
+    try:
+        record = json.loads((folder / CHIP_FILE).read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"schema {record['schema']!r}, expected {SCHEMA}")
+        file, checksum = record["tensors"]["file"], record["tensors"]["sha256"]
+        if not _TENSOR_FILE.fullmatch(file):
+            raise ValueError(f"{file!r} is no name of a file of tensors")
+        if not isinstance(record["seed"], int):
+            raise ValueError("the seed is no whole number")
+        for site in record["sites"]:
+            for part in ("name", "in_sizes", "out_sizes", "noise_model", "compensation"):
+                site[part]
+    except OSError:
+        raise CheckpointError(
+            f"{folder}: no {CHIP_FILE}; expected a folder that Device.save() wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CHIP_FILE} is damaged: {error}") from error
+    if not (folder / file).is_file():
+        raise CheckpointError(f"{folder}: no {file}")
+    if _sha256(folder / file) != checksum:
+        raise CheckpointError(f"{folder / file} is damaged: its checksum does not match")
+    try:
+        return record, load_file(str(folder / file))
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / file} is damaged: {error}") from error

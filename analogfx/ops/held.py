@@ -1,0 +1,40 @@
+"""What a chip holds: ``held_linear`` and ``held_conv``, a whole site each, for inference alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from analogfx.kernels import conv, held
+from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import MVMSpec, decode
+from analogfx.ops.define import define
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? peaks, Tensor? gain, "
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("a programmed chip has no gradient: leave device.at() to train the model")
+
+
+define(
+    "held_linear",
+    _INPUTS + "str spec",
+    "Tensor",
+    lambda *args: held.linear(*args[:-1], decode(MVMSpec, args[-1])),
+    lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+)
+define(
+    "held_conv",
+    _INPUTS + "str window, str spec",
+    "Tensor",
+    lambda *args: held.conv(*args[:-2], decode(Window, args[-2]), decode(MVMSpec, args[-1])),
+    lambda x, weight, *rest: conv.laid_out(
+        x.new_empty(conv.out_shape(x, weight, decode(Window, rest[-2]))), x
+    ),
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+)

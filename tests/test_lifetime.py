@@ -1,0 +1,110 @@
+import csv
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+import analogfx
+from analogfx import chip
+from analogfx.lifetime import Lifetime, Row, named, seconds
+
+
+@pytest.fixture
+def analog():
+    torch.manual_seed(0)
+    return analogfx.analogize(nn.Linear(50, 40), analogfx.TorchInferenceRPUConfig()).eval()
+
+
+X = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+
+
+def loss(model):
+    assert not torch.is_grad_enabled()
+    return model(X).square().mean()
+
+
+def measure(analog, **keywords):
+    given = {"noise_model": chip.PCMLikeNoiseModel(), "times": (1, 86400), "chips": 4}
+    return analogfx.evaluate(analog, loss, progress=False, **given | keywords)
+
+
+def test_each_row_is_a_chip_that_can_be_programmed_again(analog):
+    life = measure(analog)
+    assert [(row.chip, row.seconds) for row in life.rows] == [
+        (c, t) for c in range(4) for t in (1.0, 86400.0)
+    ]
+    assert len({row.value for row in life.rows}) == 8
+    row = life.rows[5]
+    device = analogfx.program(analog, chip.PCMLikeNoiseModel(), seed=row.seed)
+    with torch.no_grad():
+        assert life.exact == float(loss(analog))
+        with device.at(row.seconds):
+            assert float(loss(analog)) == row.value
+
+
+def test_seeds_share_no_chip(analog):
+    seeds = [{row.seed for row in measure(analog, seed=s, times=(1,)).rows} for s in range(3)]
+    assert len(set.union(*seeds)) == 12
+    assert measure(analog).rows == measure(analog).rows
+
+
+def test_compensation_keeps_what_drift_takes(analog):
+    plain = measure(analog, times=(1, 3e7))
+    kept = measure(analog, times=(1, 3e7), compensation=chip.GlobalDriftCompensation())
+    assert plain.mean[1] < 0.6 * plain.mean[0]
+    assert kept.mean[1] == pytest.approx(kept.mean[0], rel=0.15)
+
+
+def test_statistics_and_files(tmp_path):
+    values = {1.0: [0.5, 0.7, 0.9, 0.6], 60.0: [0.1, 0.3, 0.2, 0.4]}
+    rows = tuple(Row(c, c, t, v[c]) for c in range(4) for t, v in values.items())
+    life = Lifetime(tuple(values), rows, 0.8)
+    assert life.mean == pytest.approx([statistics.mean(v) for v in values.values()])
+    assert life.std == pytest.approx([statistics.stdev(v) for v in values.values()])
+    assert life.quantile(0.5) == pytest.approx([statistics.median(v) for v in values.values()])
+    assert "1 min" in str(life) and "4 chips; without one: 0.8" in str(life)
+    life.to_json(tmp_path / "life.json")
+    record = json.loads((tmp_path / "life.json").read_text())
+    assert record["mean"] == life.mean and len(record["rows"]) == 8
+    life.to_csv(tmp_path / "life.csv")
+    with (tmp_path / "life.csv").open() as stream:
+        read = list(csv.DictReader(stream))
+    assert [float(line["value"]) for line in read] == [row.value for row in rows]
+    life.plot(tmp_path / "life.png")
+    assert (tmp_path / "life.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_chip_has_no_spread(analog):
+    life = measure(analog, chips=1)
+    assert all(math.isnan(v) for v in life.std)
+    assert json.loads(life.to_json())["std"] == [None, None]
+
+
+def test_what_cannot_be_measured_is_refused(analog):
+    with pytest.raises(ValueError, match="chips = 0"):
+        measure(analog, chips=0)
+    with pytest.raises(ValueError, match="times = "):
+        measure(analog, times=())
+    with pytest.raises(ValueError, match="AnalogLinear is in training mode"):
+        measure(analog.train())
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("90s", 90), ("2min", 120), ("1h", 3600), ("1.5d", 129600), ("10y", 315360000)],
+)
+def test_times_in_units(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "d", "nan", "1w"])
+def test_what_is_no_time(text):
+    with pytest.raises(ValueError, match="expected a time"):
+        seconds(text)
+
+
+def test_names_of_times():
+    assert [named(t) for t in (0, 1, 3600, 86400, 3.1536e8)] == ["0 s", "1 s", "1 h", "1 d", "10 y"]
