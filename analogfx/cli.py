@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analogfx import __version__, demo
+from analogfx.calibration import command as calibrate_command
 from analogfx.errors import AnalogfxError
 from analogfx.onnx import commands as onnx_commands
 
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"analogfx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    calibrate_command.add(commands)
     onnx_commands.add(commands)
     return parser
 

@@ -96,7 +96,7 @@ def calibrate(
     settings = Settings(method, quantile, max_samples, std_alpha)
     if not 0 <= adc_clipped < 1:
         raise CalibrationError(f"adc_clipped = {adc_clipped!r}: expected a share from 0, below 1")
-    if adc and iter(batches) is batches:
+    if adc and isinstance(batches, Iterator):
         raise CalibrationError(
             f"adc=True reads the batches twice, which a {type(batches).__name__} does not allow: "
             "pass a list or a DataLoader"
@@ -110,9 +110,9 @@ def calibrate(
         run = caller(analog)
         with inputs.watching([m for m in named if m._analog.resolved.has_state]):
             count = _feed(run, batches, f"calibrate: {settings.method}", progress)
-        before = {key: _ranges(key[0], seen.site) for key, seen in inputs.sites.items()}
-        for (module, _), seen in inputs.sites.items():
-            _set(module, seen.site, seen.estimator.ranges())
+        before = {key: _ranges(key[0], found.site) for key, found in inputs.sites.items()}
+        for (module, _), found in inputs.sites.items():
+            _set(module, found.site, found.estimator.ranges())
         if adc:
             ranged = [m for m in named if m._analog.resolved.has_range]
             with outputs.watching(ranged):
@@ -206,16 +206,15 @@ def _all_or_nothing(named: _Names) -> Iterator[None]:
         for name in module._analog.state_names()
         if (state := getattr(module, name, None)) is not None
     ]
-    placements = [(m._analog, m._analog.config, m._analog.resolved, m._analog.programs)
-                  for m in named]  # fmt: skip
+    placements = [(p := m._analog, p.config, p.resolved, p.programs) for m in named]
     try:
         yield
     except BaseException:
         with torch.no_grad():
             for state, value in states:
                 state.copy_(value)
-        for placement, *parts in placements:
-            placement.config, placement.resolved, placement.programs = parts
+        for placement, config, resolved, programs in placements:
+            placement.config, placement.resolved, placement.programs = config, resolved, programs
         raise
 
 
