@@ -4,6 +4,7 @@ from analogfx import chip, errors, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
+from analogfx.calibration import calibrate
 from analogfx.checkpoint import digital_state_dict, load, save
 from analogfx.config import (
     InputRangeParameter,
@@ -26,6 +27,7 @@ from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
 from analogfx.trace import trace
 from analogfx.training import clip_after_step, clip_weights, quantize_weights, weights_written
+from analogfx.unset import warn_unset
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ __all__ = [
     "backend_state",
     "bits",
     "chip",
+    "calibrate",
     "clip_after_step",
     "clip_weights",
     "digital_state_dict",
@@ -65,5 +68,6 @@ __all__ = [
     "save",
     "to_digital",
     "trace",
+    "warn_unset",
     "weights_written",
 ]

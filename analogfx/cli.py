@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analogfx import __version__, demo, lifetime_command
+from analogfx.calibration import command as calibrate_command
 from analogfx.errors import AnalogfxError
 from analogfx.onnx import commands as onnx_commands
 
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     lifetime_command.add(commands)
+    calibrate_command.add(commands)
     onnx_commands.add(commands)
     return parser
 

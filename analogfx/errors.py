@@ -106,3 +106,7 @@ class OnnxError(AnalogfxError):
 
 class KernelError(AnalogfxError, RuntimeError):
     """Triton was asked for where its kernels cannot serve; says why."""
+
+
+class CalibrationError(AnalogfxError, ValueError):
+    """A calibration that was asked for in a way that cannot be done, or got no data."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from analogfx import imports
 from analogfx.checkpoint import CONFIG_FILE, load
 from analogfx.errors import OnnxError
 from analogfx.onnx import export_onnx, load_onnx_sites
@@ -111,34 +108,10 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
 
 def _factory(name: str) -> nn.Module:
     """The model that ``package.module:factory`` returns."""
-    module, _, factory = name.partition(":")
-    with _importing_from_here():
-        try:
-            make: Any = getattr(importlib.import_module(module), factory)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise OnnxError(f"--model {name}: {error}; expected package.module:factory") from error
-        except Exception as error:  # it is the user's code
-            raise OnnxError(
-                f"--model {name}: importing {module} failed: {type(error).__name__}: {error}"
-            ) from error
-        try:
-            model = make()
-        except Exception as error:
-            raise OnnxError(f"--model {name} failed: {type(error).__name__}: {error}") from error
+    model = imports.call("--model", name, OnnxError)
     if not isinstance(model, nn.Module):
         raise OnnxError(f"--model {name} returned a {type(model).__name__}, not an nn.Module")
     return model
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """The current folder in front of the places to import from, as ``python -m`` has it."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def _transformers(folder: Path) -> nn.Module:

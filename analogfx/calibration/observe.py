@@ -1,0 +1,130 @@
+"""Analog modules that run their explicit graphs and show what their tiles are given and give.
+
+A module may have several sites, and one may read another's output: so what is watched is nodes of
+the graph that the passes make, not calls of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from analogfx.capture import Pattern, bind, capture, pattern_of
+from analogfx.config import Resolved
+from analogfx.module import AnalogModule
+from analogfx.passes import pipeline
+from analogfx.passes.contract import Context, Site
+from analogfx.passes.map_tiles import made_for, role
+from analogfx.program import Placement, Program
+
+Watch = Callable[[Graph, Site], None]
+"""Puts nodes that call an observer into a graph, for one site."""
+
+Observer = Callable[[AnalogModule, int], Callable[..., Any]]
+"""Gives, for a module and the number of a site in it, what its watching nodes call."""
+
+
+def inputs(graph: Graph, site: Site) -> None:
+    """Show an observer the rows of a site's tiles: (..., I), or (..., groups, I) in groups.
+
+    Of a convolution these are the patches, zeros of the padding included. The product goes on
+    with what the observer returns.
+    """
+    last = [n for n in made_for(graph, site) if role(n) == "input"][-1]
+    readers = [user for user in last.users if role(user) != "output"]
+    with graph.inserting_before(last.next):
+        shown = _show(graph, site, last)
+    for reader in readers:
+        reader.replace_input_with(last, shown)
+
+
+def outputs(graph: Graph, site: Site) -> None:
+    """Show an observer, in place of every tile's ADC: its outputs, row maxima and input range."""
+    for node in [n for n in made_for(graph, site) if role(n) == "adc"]:
+        with graph.inserting_before(node):
+            shown = _show(graph, site, *node.args[:3])
+        node.replace_all_uses_with(shown)
+        graph.erase_node(node)
+
+
+def _show(graph: Graph, site: Site, *values: Any) -> Node:
+    placement = graph.create_node("get_attr", "_analog")
+    placement.meta["made"] = (site.index, "state")
+    shown = graph.call_function(_call_observer, (placement, site.index, *values))
+    shown.meta["made"] = (site.index, "observed")
+    return shown
+
+
+def _call_observer(placement: _Watched, index: int, *values: Tensor) -> Any:
+    return placement.observers[index](*values)
+
+
+class _Watched(Placement):
+    """A placement whose calls run a watched graph in evaluation."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        build: Callable[[nn.Module, Program, Pattern], Callable[..., Any]],
+        observers: list[Callable[..., Any]],
+    ) -> None:
+        self.__dict__.update(placement.__dict__)
+        self.observers = observers
+        self._build = build
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
+        run = self._build(module, self.program(module, False, pattern), pattern)
+        return run(module, *args, **kwargs)
+
+
+@contextmanager
+def watching(
+    modules: Iterable[AnalogModule],
+    watch: Watch,
+    observer: Observer,
+    variant: Callable[[Resolved], Resolved],
+) -> Iterator[None]:
+    """Inside this context the modules run watched graphs; nothing else about them changes.
+
+    Args:
+        watch: :func:`inputs` or :func:`outputs`.
+        variant: what the products compute while they are watched, from their own config.
+    """
+    graphs: dict[int, tuple[Program, Callable[..., Any]]] = {}
+
+    def build(module: nn.Module, program: Program, pattern: Pattern) -> Callable[..., Any]:
+        # Modules that look alike share a program, and so a watched graph. The program is kept,
+        # so that no other takes its number.
+        if id(program) not in graphs:
+            placement = module._analog
+            assert isinstance(placement, Placement)
+            graph = _watched_graph(module, variant(placement.resolved), pattern, watch)
+            graphs[id(program)] = program, bind(graph)
+        return graphs[id(program)][1]
+
+    before: list[tuple[AnalogModule, Placement]] = []
+    try:
+        for module in modules:
+            placement = module._analog
+            observers = [observer(module, index) for index in range(len(placement.sites))]
+            before.append((module, placement))
+            module._analog = _Watched(placement, build, observers)
+        yield
+    finally:
+        for module, placement in before:
+            module._analog = placement
+
+
+def _watched_graph(module: nn.Module, config: Resolved, pattern: Pattern, watch: Watch) -> Graph:
+    graph = capture(module, False, pattern)
+    context = Context(config, training=False)
+    pipeline.run(pipeline.EXPLICIT, graph, context)
+    for site in context.sites:
+        watch(graph, site)
+    graph.lint()
+    return graph

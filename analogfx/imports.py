@@ -1,0 +1,47 @@
+"""What a command names as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from analogfx.errors import AnalogfxError
+
+
+def call(option: str, name: str, error: type[AnalogfxError]) -> Any:
+    """What a function returns, of a module that is installed or in the current folder.
+
+    Args:
+        option: the command's option, for messages.
+        name: ``package.module:function``.
+        error: what to raise if there is no such function, or if it or its module raises.
+    """
+    module, _, function = name.partition(":")
+    with _importing_from_here():
+        try:
+            found: Any = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as cause:
+            raise error(f"{option} {name}: {cause}; expected package.module:function") from cause
+        except Exception as cause:  # it is the user's code
+            raise error(
+                f"{option} {name}: importing {module} failed: {type(cause).__name__}: {cause}"
+            ) from cause
+        try:
+            return found()
+        except Exception as cause:
+            raise error(f"{option} {name} failed: {type(cause).__name__}: {cause}") from cause
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """The current folder in front of the places to import from, as ``python -m`` has it."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
