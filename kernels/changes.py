@@ -1,32 +1,66 @@
-"""When a weight has changed, for whoever keeps what was computed from it.
+"""Detects that a weight has changed, for whoever keeps what was computed from it.
 
-torch counts most writes to a tensor, but not those of fused optimizers, nor those through
-``.data``. Who makes such a write, or sees that one was made, says so by :func:`written`.
+torch counts the writes to a tensor, but not those of fused optimizers, nor those through
+``.data``. Who makes such a write, or sees that one was made, reports it by :func:`written`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Stamp = tuple[int, int, int]
+
+class Stamp(NamedTuple):
+    """The state of a weight at one moment; see :func:`unchanged`."""
+
+    version: int
+    """Writes that torch has counted; -1 for a weight of inference mode, which has no count."""
+    uncounted: int
+    """Writes that were reported by :func:`written`."""
+    address: int
+    """Where the first element is."""
+    storage: StorageWeakRef
+    """What holds the elements. As long as this reference exists, no other storage is taken for
+    it, even one that the system puts at the same address."""
+
 
 _uncounted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """How often each weight was written without being counted by torch."""
 
 
 def stamp(weight: Tensor) -> Stamp:
-    """What is another after a weight has changed: writes are counted, new storage has an address.
+    """The state of a weight now. It keeps neither the weight nor its elements alive."""
+    storage = StorageWeakRef(weight.untyped_storage())
+    return Stamp(_version(weight), _reported(weight), weight.data_ptr(), storage)
 
-    Of weights made in inference mode torch counts no writes.
+
+def unchanged(weight: Tensor, since: Stamp) -> bool:
+    """Whether a weight holds what it held when a stamp was made of it.
+
+    False for weights that were made in inference mode: nothing tells whether they were written.
     """
-    version = -1 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), _uncounted.get(owner(weight), 0)
+    return (
+        since.version >= 0
+        and since.version == _version(weight)
+        and since.uncounted == _reported(weight)
+        and since.address == weight.data_ptr()
+        and since.storage.cdata == weight.untyped_storage()._cdata
+    )
+
+
+def _version(weight: Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
+
+
+def _reported(weight: Tensor) -> int:
+    return _uncounted.get(owner(weight), 0)
 
 
 def owner(weight: Tensor) -> Tensor:
@@ -35,7 +69,7 @@ def owner(weight: Tensor) -> Tensor:
 
 
 def written(weights: Iterable[Tensor]) -> None:
-    """Say that weights may have been written in a way that torch does not count."""
+    """Report that weights may have been written in a way that torch does not count."""
     for weight in weights:
         _uncounted[owner(weight)] = _uncounted.get(owner(weight), 0) + 1
 

@@ -7,7 +7,6 @@ are weighted sums over the image.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -97,26 +96,28 @@ def shifted(padded: Tensor, offset: tuple[int, ...], window: Window, out: list[i
     return padded[tuple(index)]
 
 
-@functools.lru_cache(maxsize=256)
-def _axis_multiplicity(size: int, k: int, s: int, p: int, d: int) -> tuple[int, ...]:
-    """How many patches see each position of one spatial axis."""
-    count = [0] * size
+def _seen(size: int, k: int, s: int, p: int, d: int) -> Iterator[range]:
+    """For each offset along one axis of the kernel: the positions that patches hold there."""
     patches = (size + 2 * p - d * (k - 1) - 1) // s + 1
-    for patch, offset in itertools.product(range(patches), range(k)):
-        position = patch * s + offset * d - p
-        if 0 <= position < size:
-            count[position] += 1
-    return tuple(count)
+    for offset in range(k):
+        start = offset * d - p  # of the first patch; before 0 and from `size` on is padding
+        first, last = max(0, -(start // s)), min(patches - 1, (size - 1 - start) // s)
+        yield range(start + first * s, start + last * s + 1, s) if first <= last else range(0)
+
+
+def _axis_multiplicity(axis: tuple[int, ...]) -> Tensor:
+    """How many patches see each position of one spatial axis, float32 (size,)."""
+    count = torch.zeros(axis[0])
+    for seen in _seen(*axis):
+        count[seen.start : seen.stop : seen.step] += 1
+    return count
 
 
 def multiplicity(x: Tensor, window: Window) -> Tensor:
     """How many patches see each pixel: float32 of x's spatial shape."""
-    axes = [
-        torch.tensor(_axis_multiplicity(*args), dtype=torch.float32, device=x.device)
-        for args in zip(x.shape[2:], *window, strict=True)
-    ]
-    total = axes[0]
-    for axis in axes[1:]:
+    axes = zip(x.shape[2:], *window, strict=True)
+    total, *others = (_axis_multiplicity(axis).to(x.device) for axis in axes)
+    for axis in others:
         total = total.unsqueeze(-1) * axis
     return total
 
@@ -124,7 +125,7 @@ def multiplicity(x: Tensor, window: Window) -> Tensor:
 def _visits(x: Tensor, window: Window) -> int:
     """How many elements of the patches of one channel are pixels of the image."""
     axes = zip(x.shape[2:], *window, strict=True)
-    return math.prod(sum(_axis_multiplicity(*axis)) for axis in axes)
+    return math.prod(sum(map(len, _seen(*axis))) for axis in axes)
 
 
 def elements(x: Tensor, window: Window) -> int:
@@ -138,7 +139,8 @@ def elements(x: Tensor, window: Window) -> int:
 def std(x: Tensor, window: Window) -> Tensor:
     """Unbiased standard deviation over the elements of all patches, (). NaN below two elements.
 
-    Two-pass, like ``torch.std``: the squares are of distances to the mean, so nothing cancels.
+    Two-pass, like ``torch.std``: the squares are of distances to the mean, so nothing cancels. They
+    are taken of distances scaled by a power of two, which changes no digit, so that none overflows.
     """
     count = elements(x, window)
     if count < 2:
@@ -147,9 +149,14 @@ def std(x: Tensor, window: Window) -> Tensor:
     x = ref.wide(x)
     per_pixel = x.sum((0, 1))
     mean = (per_pixel * weight).sum() / count
-    squares = (x - mean).square_().sum((0, 1))
+    low, high = x.aminmax()
+    exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(-126, 126)
+    one = torch.ones_like(mean)
+    smaller, larger = torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
+    squares = (x - mean).mul_(smaller).square_().sum((0, 1))
     padding = count - x.shape[0] * x.shape[1] * _visits(x, window)
-    return (((squares * weight).sum() + padding * mean.square()) / (count - 1)).sqrt()
+    total = (squares * weight).sum() + padding * (mean * smaller).square()
+    return (total / (count - 1)).sqrt() * larger
 
 
 def extremes(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,8 @@ def range_static(
     """Running mean of ``init_std_alpha * std``, until it has been fed ``init_from_data`` times.
 
     Args:
-        std: (k,) unbiased standard deviation of each tile's raw input, NaN where undefined.
+        std: (k,) unbiased standard deviation of each tile's raw input, NaN where undefined: for
+            a single element, or if an element is not finite. Such a batch does not count.
         input_range: (k,) ranges so far.
         count: (k,) int64, updates so far.
 
@@ -70,8 +71,8 @@ def range_static(
         The new ranges and counts. The first batch replaces the initial value.
     """
     open_ = count < init_from_data
-    fed = open_ & (std > 0)
     mean = (input_range * count + init_std_alpha * std) / (count + 1)
+    fed = open_ & (std > 0) & mean.isfinite()
     updated = torch.where(fed, mean, input_range)
     return torch.where(open_, updated.abs(), input_range), count + fed
 
@@ -89,13 +90,14 @@ def range_fast(
     """Running extremes of the input; the range is the larger magnitude.
 
     Args:
-        low, high: (k,) extremes of each tile's input in this batch.
+        low, high: (k,) extremes of each tile's input in this batch. A batch whose extremes are
+            not finite does not count, and changes nothing.
         momentum: weight of the past, or -1 for the extremes ever seen.
 
     Returns:
         New ``input_range``, ``count``, ``x_min``, ``x_max``, each (k,).
     """
-    open_ = count < init_from_data
+    open_ = (count < init_from_data) & low.isfinite() & high.isfinite()
     first = (x_min > -1.1 * UNTOUCHED) & (x_max < 1.1 * UNTOUCHED)
     if momentum == -1:
         mean_min, mean_max = torch.minimum(x_min, low), torch.maximum(x_max, high)

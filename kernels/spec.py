@@ -73,7 +73,7 @@ def encode(spec: _Spec) -> str:
     return json.dumps({name: v for name, v in values if v != defaults.get(name)})
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def decode(kind: type[_Spec], text: str) -> _Spec:
     """The spec of a kind that a text stands for. Not to be written to: equal texts share it."""
     return kind(**json.loads(text))

@@ -27,7 +27,7 @@ class _Kept:
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         return all(
-            source() is weight and stamp == changes.stamp(weight)
+            source() is weight and changes.unchanged(weight, stamp)
             for source, stamp, weight in zip(self.sources, self.stamps, weights, strict=True)
         )
 

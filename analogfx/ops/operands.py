@@ -28,13 +28,20 @@ def checked(
         name: the module's path, for the message.
 
     Raises:
-        TypeError: not a tensor, or not of floating point.
+        TypeError: not a tensor, not dense, or not of floating point.
         RuntimeError: of the wrong shape, or of another dtype or device than the weight.
     """
     where = f"{name}: " if name else ""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{where}expected a tensor of floating point, found {found}")
+    if x.is_nested:
+        raise TypeError(
+            f"{where}expected a dense tensor, found a nested one: call .to_padded_tensor(0.0)"
+        )
+    if x.layout != torch.strided:
+        found = str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{where}expected a dense tensor, found {found}: call .to_dense()")
     fits = x.dim() in (dims + 1, dims + 2) if dims else x.dim() > 0
     if not fits or x.shape[-1 - dims] != features:
         wanted = f"(batch, {features}{', size' * dims})" if dims else f"(..., {features})"

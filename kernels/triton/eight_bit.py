@@ -7,6 +7,7 @@ cores: |q_x| and |q_w| are at most 127, and int32 holds the sum of 133,000 of th
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.kernels import changes
+from analogfx.kernels.changes import Stamp
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton.weights import maxima, modify_launch, scaled_by
 
@@ -29,6 +31,22 @@ class Codes(NamedTuple):
     """float32 (k, O): what :func:`weights.maxima` gives."""
 
 
+class _Kept(NamedTuple):
+    """Codes, and the weight and clip that they were made of as those were then."""
+
+    weight: Stamp
+    clip: tuple[weakref.ref[Tensor], Stamp] | None
+    codes: Codes
+
+    def fits(self, weight: Tensor, clip: Tensor | None) -> bool:
+        if not changes.unchanged(weight, self.weight):
+            return False
+        if clip is None or self.clip is None:
+            return clip is self.clip
+        before, then = self.clip
+        return before() is clip and changes.unchanged(clip, then)
+
+
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter to what was prepared of it: by the part that is the weight, and the site's spec."""
 
@@ -39,11 +57,12 @@ def prepare(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:
     part = weight.shape, weight.stride(), weight.storage_offset(), weight.dtype
     of_spec = tuple(spec.in_sizes), tuple(spec.out_sizes), spec.weight_states
     key = part, of_spec, spec.weight_per_channel
-    state = changes.stamp(weight), None if clip is None else (id(clip), changes.stamp(clip))
     found = kept.get(key)
-    if found is None or found[0] != state:
-        found = kept[key] = state, _quantised(weight, clip, spec)
-    return found[1]
+    if found is None or not found.fits(weight, clip):
+        clip_then = None if clip is None else (weakref.ref(clip), changes.stamp(clip))
+        codes = _quantised(weight, clip, spec)
+        found = kept[key] = _Kept(changes.stamp(weight), clip_then, codes)
+    return found.codes
 
 
 def _quantised(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:

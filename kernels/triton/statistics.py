@@ -123,15 +123,17 @@ def new_range(
             else:
                 next_low = low * MOMENTUM + least * (1.0 - MOMENTUM)
                 next_high = high * MOMENTUM + most * (1.0 - MOMENTUM)
-            low = tl.where(first, low + least, next_low)
-            high = tl.where(first, high + most, next_high)
-            r = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-            fed += 1
+            finite = (tl.abs(least) < float("inf")) & (tl.abs(most) < float("inf"))
+            low = tl.where(finite, tl.where(first, low + least, next_low), low)
+            high = tl.where(finite, tl.where(first, high + most, next_high), high)
+            r = tl.where(finite, tl.maximum(tl.abs(low), tl.abs(high)), r)
+            fed += finite.to(tl.int64)
         else:
             std = tl.sqrt_rn(tl.math.div_rn(m2, count - 1.0))  # NaN for a single element
             mean_range = tl.math.div_rn(r * n.to(tl.float32) + ALPHA * std, n.to(tl.float32) + 1.0)
-            fed += (std > 0).to(tl.int64)
-            r = tl.abs(tl.where(std > 0, mean_range, r))
+            feeds = (std > 0) & (tl.abs(mean_range) < float("inf"))
+            fed += feeds.to(tl.int64)
+            r = tl.abs(tl.where(feeds, mean_range, r))
     tl.store(p_new_range + tile, r)
     tl.store(p_new_count + tile, n + fed)
     tl.store(p_new_low + tile, low)

@@ -149,3 +149,49 @@ def test_a_recomputation_in_the_backward_is_known(use_reentrant):
     checkpoint(forward, x, use_reentrant=use_reentrant).sum().backward()
     assert seen == [False, True]
     assert not statistics.in_backward()
+
+
+WINDOW = Window([3, 3], [1, 1], [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("momentum", [0.9, -1])
+@pytest.mark.parametrize("mode", ["static", "fast"])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["linear", "conv"])
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_batch_that_is_not_finite_changes_nothing(when, window, mode, momentum, value):
+    torch.manual_seed(0)
+    shape = (4, 8) if window is None else (2, 3, 5, 5)
+    current = update(torch.randn(shape), state(1), mode, window=window) if when else state(1)
+    bad = torch.randn(shape)
+    bad.view(-1)[3] = value
+    settings = {"window": window, "momentum": momentum}
+    for _ in range(9):  # it does not close the initialisation, either
+        after = update(bad, current, mode, **settings)
+        assert all(torch.equal(a, b) for a, b in zip(after, current, strict=True))
+    good = update(torch.randn(shape), after, mode, **settings)
+    assert good[1] == when + 1 and good[0].isfinite() and good[0] != current[0]
+
+
+def test_only_the_tile_that_saw_it_leaves_a_batch_out():
+    x = torch.randn(4, 6)
+    x[0, 1] = float("nan")
+    current = update(x, state(2), "fast", in_sizes=[3, 3])
+    assert current[1].tolist() == [0, 1]
+    torch.testing.assert_close(current[0], torch.tensor([3.0, x[:, 3:].abs().max()]))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e30])
+def test_the_spread_of_patches_neither_overflows_nor_vanishes(size):
+    torch.manual_seed(0)
+    x = size * torch.randn(2, 3, 5, 5)
+    current = update(x, state(1), window=WINDOW)
+    rows = patches.unfold(x.double(), WINDOW)
+    torch.testing.assert_close(current[0].double(), 2 * rows.std().view(1), rtol=1e-5, atol=0)
+    assert current[1] == 1
+
+
+def test_a_batch_whose_spread_is_beyond_float32_does_not_count():
+    x = torch.tensor([[[3e38, -3e38], [3e38, -3e38]]]).expand(2, 1, 2, 2)
+    current = update(x, state(1), window=WINDOW, alpha=10.0)
+    assert current[1] == 0 and current[0] == 3.0
