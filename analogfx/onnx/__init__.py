@@ -58,7 +58,8 @@ def export_onnx(
             with zeros in the place of its random numbers.
 
     Warns:
-        UserWarning: an axis that ought to be free is fixed, or there is no noise to add.
+        UserWarning: an axis that ought to be free is fixed, there is no noise to add, or at level
+            ``"qdq"`` no site multiplies integers; with the reason.
 
     Raises:
         OnnxError: onnx, onnxscript or onnxruntime is missing; the model cannot be exported; or

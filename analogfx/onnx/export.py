@@ -78,6 +78,8 @@ def export(
                 stacklevel=3,
             )
 
+        _warn_of_floats(analog, level, written)
+
         def accept(file: Path) -> None:
             _check(file)
             if not verify:
@@ -92,6 +94,17 @@ def export(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _warn_of_floats(analog: nn.Module, level: str, written: Sequence[_Written]) -> None:
+    """Tell if a level that promises integers yields none, with the first site's reason."""
+    if level == "qdq" and written and all(site.why_floats for site in written):
+        first = written[0]
+        warnings.warn(
+            f'level="qdq", but no site of {type(analog).__name__} multiplies integers: '
+            f"{first.site.name}: {first.why_floats}",
+            stacklevel=4,
+        )
 
 
 def _check_request(
@@ -162,6 +175,8 @@ class _Written:
     """By name of the op's input."""
     seeds: Seeds | None
     probes: list[Probe] = field(default_factory=list)
+    why_floats: str | None = None
+    """At level qdq: why the site multiplies floats, if it does."""
 
     def call(self, x: ir.Value, y: ir.Value, integer: bool) -> str:
         """Note another call; returns its name, which has a number if there are others."""
@@ -265,8 +280,10 @@ def _operator(
     else:
         window = Window(*map(tuple, call.window))  # type: ignore[arg-type]
         operator = AnalogConv(site.spec, data, site.codes, seeds=seeds, window=window)
-    integer = level == "qdq" and operator.fits_integers()
-    return replace(operator, integer=integer)
+    if level != "qdq":
+        return operator
+    written.why_floats = operator.why_floats()
+    return replace(operator, integer=written.why_floats is None)
 
 
 # --------------------------------------------------------------------------------- metadata

@@ -299,11 +299,18 @@ class _Site:
         signed = [w.op("Cast", part, to=ir.DataType.INT8) for part in halves]
         return w.op("Concat", x, x, axis=axis), w.op("Concat", *signed, axis=1)
 
-    def fits_integers(self) -> bool:
-        """Whether the product of the DAC's codes with the weight's fits 8-bit kernels."""
-        static = self.spec.range_mode in ("static", "fast")
-        exact = self.dtype == ir.DataType.FLOAT and self.seeds is None
-        return exact and static and self.codes and _is_8_bit(self.spec.inp_res)
+    def why_floats(self) -> str | None:
+        """Why the product of the DAC's codes with the weight's needs floats; None for integers."""
+        s = self.spec
+        reasons = {
+            "its weights are floats: set modifier.quantization_type and a modifier.res of at most "
+            "254 (after quantize_weights() they are floats, too; export before it)": self.codes,
+            f"its range is {s.range_mode}, not static": s.range_mode in ("static", "fast"),
+            "its DAC has no 8 bits: set forward.inp_res to at most 254": _is_8_bit(s.inp_res),
+            "it computes in double": self.dtype == ir.DataType.FLOAT,
+            "it has noise": self.seeds is None,
+        }
+        return next((reason for reason, fits in reasons.items() if not fits), None)
 
 
 def _is_8_bit(res: float) -> bool:
@@ -315,9 +322,9 @@ def _is_8_bit(res: float) -> bool:
 class AnalogLinear(_Site):
     """A matrix-vector product on tiles: ``sum_t ADC(DAC(x_t) w_t^T) + bias``."""
 
-    def fits_integers(self) -> bool:
+    def why_floats(self) -> str | None:
         """As for every site; the integer product has no groups."""
-        return super().fits_integers() and self.spec.groups == 1
+        return super().why_floats() or ("it has groups" if self.spec.groups > 1 else None)
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Tile by tile, then the digital sum and the bias."""
@@ -487,10 +494,12 @@ class AnalogConv(_Site):
         noisy = self.noisy_weight(w, matrix, draw, peak)
         return w.op("Reshape", noisy, w.op("Shape", weight))
 
-    def fits_integers(self) -> bool:
-        """As for every site, and the ADC's codes fit too: they are what the kernel returns."""
+    def why_floats(self) -> str | None:
+        """As for every site, and the ADC's codes must fit: they are what the kernel returns."""
         s = self.spec
-        return super().fits_integers() and bool(s.out_bound) and _is_8_bit(s.out_res)
+        fits = bool(s.out_bound) and _is_8_bit(s.out_res)
+        no_adc = "its ADC has no 8 bits: set forward.out_bound, and forward.out_res to at most 254"
+        return super().why_floats() or (None if fits else no_adc)
 
     def _integer_output(
         self,

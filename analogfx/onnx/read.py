@@ -127,13 +127,17 @@ class OnnxSites:
         ]
         tiles = sum(math.prod(s.tile_grid) for s in self.sites)
         version = printable(self.version)
-        lines.append(
-            f"{len(self.sites)} sites on {tiles} tiles, level {self.level}, analogfx {version}"
-        )
+        counts = f"{_count(len(self.sites), 'site')} on {_count(tiles, 'tile')}"
+        lines.append(f"{counts}, level {self.level}, analogfx {version}")
         if self.level == "qdq":
             integers = sum(s.integer for s in self.sites)
-            lines.append(f"{integers} of {len(self.sites)} sites multiply integers")
+            verb = "multiplies" if integers == 1 else "multiply"
+            lines.append(f"{integers} of {_count(len(self.sites), 'site')} {verb} integers")
         return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def printable(text: str) -> str:

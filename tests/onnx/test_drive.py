@@ -69,7 +69,7 @@ def test_nan_is_refused(tmp_path):
         export_onnx(analog, (nan,), tmp_path / "m")
     with torch.no_grad():
         analog[2].weight[1] = torch.nan
-    with pytest.raises(OnnxError, match="output 0 holds .* NaN .* an example and a model without"):
+    with pytest.raises(OnnxError, match=r"output 0 holds .* NaN .* an example and a model without"):
         export_onnx(analog, (x,), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import analogfx
 from analogfx import export_onnx, load_onnx_sites
 
 
@@ -100,3 +101,43 @@ def test_other_levels_multiply_no_integers(level, tmp_path):
 def test_the_oracle_saturates():
     x, w = np.uint8([255, 255, 1, 1]), np.int32([65, 64, 127, 127])
     assert pmaddubsw(x, w) == (1 << 15) - 1 + 254
+
+
+def warned(analog, x, tmp_path):
+    with pytest.warns(UserWarning, match="no site of") as told:
+        export_onnx(analog, (x,), tmp_path / "m", level="qdq", verify=False)
+    (warning,) = told
+    assert warning.filename == __file__
+    return str(warning.message)
+
+
+def test_a_file_without_integers_says_why(tmp_path):
+    x = torch.randn(4, 64)
+
+    def linear(**fields):
+        discrete = {"modifier__quantization_type": "Discretize", "modifier__res": 254}
+        config = cases.config(**discrete | {"forward__inp_res": 254} | fields)
+        return cases.analog(lambda: nn.Sequential(nn.Linear(64, 8)), config, x)
+
+    quantized = linear()
+    analogfx.quantize_weights(quantized)
+    assert "0: its weights are floats" in warned(quantized, x, tmp_path)
+    assert "its range is dynamic" in warned(
+        linear(pre_post__input_range__dynamic=True), x, tmp_path
+    )
+    assert "set forward.inp_res to at most 254" in warned(
+        linear(forward__inp_res=1022), x, tmp_path
+    )
+    image = torch.randn(2, 4, 6, 6)
+    no_adc = cases.config(modifier__quantization_type="Discretize", modifier__res=254,
+                          forward__inp_res=254)  # fmt: skip
+    conv = cases.analog(lambda: nn.Conv2d(4, 6, 3), no_adc, image)
+    assert "set forward.out_bound" in warned(conv, image, tmp_path)
+
+
+def test_the_table_counts_one_as_one(tmp_path):
+    x = torch.randn(4, 16)
+    analog = cases.analog(lambda: nn.Linear(16, 8), bytes_config(254), x)
+    export_onnx(analog, (x,), tmp_path / "m", level="qdq", verify=False)
+    assert "1 site on 1 tile, level qdq" in str(load_onnx_sites(tmp_path / "m"))
+    assert str(load_onnx_sites(tmp_path / "m")).endswith("1 of 1 site multiplies integers")

@@ -37,6 +37,7 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case)))
 
 
+@pytest.mark.filterwarnings('ignore:level="qdq", but no site')
 def test_a_file_gives_what_the_model_gives_but_at_ties(case, tmp_path, request):
     full = request.config.getoption("--full-matrix")
     found = case.check(tmp_path, verify=full)
