@@ -501,6 +501,16 @@ _define(
 # ------------------------------------------------------------------------ what a chip holds
 
 
+def _held_linear(*args: Any) -> Tensor:
+    *tensors, text = args
+    return held.linear(*(*tensors, decode(MVMSpec, text)))
+
+
+def _held_conv(*args: Any) -> Tensor:
+    *tensors, window, text = args
+    return held.conv(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
+
+
 def _no_gradient(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError("a programmed chip has no gradient: leave device.at() to train the model")
 
@@ -510,7 +520,7 @@ _define(
     "held_linear",
     _HELD + "str spec",
     "Tensor",
-    lambda *args: held.linear(*args[:-1], decode(MVMSpec, args[-1])),
+    _held_linear,
     lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
     lambda ctx, inputs, output: None,
     _no_gradient,
@@ -519,7 +529,7 @@ _define(
     "held_conv",
     _HELD + "str window, str spec",
     "Tensor",
-    lambda *args: held.conv(*args[:-2], decode(Window, args[-2]), decode(MVMSpec, args[-1])),
+    _held_conv,
     lambda x, weight, *rest: conv.laid_out(
         x.new_empty(conv.out_shape(x, weight, decode(Window, rest[-2]))), x
     ),
