@@ -265,7 +265,7 @@ def load_device(analog: nn.Module, directory: str | os.PathLike[str]) -> Device:
         target = tensors.get(f"{name}:target")
         fits = found is not None and target is not None and tuple(target.shape) == matrix
         grid = list(site.in_sizes), list(site.out_sizes)
-        if not fits or (found["in_sizes"], found["out_sizes"]) != grid:  # type: ignore[index]
+        if not fits or (found["in_sizes"], found["out_sizes"]) != grid:
             raise CheckpointError(f"{folder} is the chip of another model: {name} does not fit")
         assert found is not None and target is not None
         device = site.weight(module).device

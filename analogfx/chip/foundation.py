@@ -33,7 +33,7 @@ class FoundationNoiseModel(NoiseModel):
 
     def __post_init__(self) -> None:
         self.check_numbers(prog_noise_scale=0.0)
-        chosen = read(ConductanceConverter, self.g_converter, "g_converter")  # type: ignore[type-abstract]
+        chosen = read(ConductanceConverter, self.g_converter, "g_converter")
         object.__setattr__(self, "g_converter", chosen)
 
     def programmed(self, target: Tensor, draw: Draw) -> Tensor:  # noqa: D102

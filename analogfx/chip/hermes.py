@@ -69,7 +69,7 @@ class HermesNoiseModel(PCMLikeNoiseModel):
         if self.num_devices not in _CELLS:
             self.refuse("num_devices", "1 or 2")
         cell = _CELLS[self.num_devices]
-        if self.t_0 is None:
+        if vars(self)["t_0"] is None:
             object.__setattr__(self, "t_0", cell.t_0)
         if self.g_max is not None and self.g_max > cell.g_max:
             self.refuse("g_max", f"at most {cell.g_max}, as far as devices were measured")

@@ -34,7 +34,7 @@ class PCMLikeNoiseModel(NoiseModel):
     """Polynomial in g / g_max, in microsiemens; None for the measured one."""
     g_converter: ConductanceConverter = None  # type: ignore[assignment]
     """None: a single pair up to ``g_max``."""
-    g_max: float | None = None
+    g_max: float = None  # type: ignore[assignment]
     """None: the converter's, or 25 without one."""
     t_read: float = 250e-9
     t_0: float = 20.0
@@ -82,7 +82,7 @@ class PCMLikeNoiseModel(NoiseModel):
     def _reference(self) -> float:
         if self.prog_coeff_g_max_reference is not None:
             return self.prog_coeff_g_max_reference
-        return REFERENCE if self.prog_coeff is None else self.g_max  # type: ignore[return-value]
+        return REFERENCE if self.prog_coeff is None else self.g_max
 
 
 def set_converter(model: NoiseModel, g_max: float, per_channel: bool = False) -> None:
@@ -91,13 +91,13 @@ def set_converter(model: NoiseModel, g_max: float, per_channel: bool = False) ->
     Raises:
         ConfigError: a ``g_max`` that is not the converter's.
     """
-    given = model.g_max  # type: ignore[attr-defined]
-    if model.g_converter is None:
+    given, converter = getattr(model, "g_max", None), vars(model)["g_converter"]
+    if converter is None:
         chosen: ConductanceConverter = SinglePairConductanceConverter(
             g_max if given is None else given, per_channel=per_channel
         )
     else:
-        chosen = read(ConductanceConverter, model.g_converter, "g_converter")  # type: ignore[type-abstract]
+        chosen = read(ConductanceConverter, converter, "g_converter")
     if given is not None and given != chosen.g_max:
         model.refuse("g_max", f"{chosen.g_max}, which is the converter's, or None")
     object.__setattr__(model, "g_converter", chosen)

@@ -89,9 +89,11 @@ def read(kind: type[RecordT], value: object, where: str) -> RecordT:
     else:
         given = dict(vars(value)) if hasattr(value, "__dict__") else {}
         found, strict = _classes.get(type(value).__name__), False
-    names = [item.name for item in fields(found)] if found and is_dataclass(found) else []
+    names: list[str] = []
+    if found is not None and _has_fields(found):
+        names = [item.name for item in fields(found)]
     if found is None or not issubclass(found, kind):
-        known = sorted(n for n, c in _classes.items() if issubclass(c, kind) and is_dataclass(c))
+        known = sorted(n for n, c in _classes.items() if issubclass(c, kind) and _has_fields(c))
         raise ConfigError([Conflict(where, value, f"a {kind.kind}: {', '.join(known)}")])
     if not strict:
         given = found.adopted(given)
@@ -103,6 +105,10 @@ def read(kind: type[RecordT], value: object, where: str) -> RecordT:
     made = found(**{name: v for name, v in given.items() if name in names})
     assert isinstance(made, kind)
     return made
+
+
+def _has_fields(kind: Any) -> bool:
+    return is_dataclass(kind)
 
 
 def _plain(value: Any) -> Any:

@@ -50,14 +50,14 @@ class ReRamCMONoiseModel(NoiseModel):
         if self.acceptance_range not in self._programming():
             keys = ", ".join(f"{key:g}" for key in self._programming())
             self.refuse("acceptance_range", f"one of {keys}, in percent")
-        converter = self.g_converter
+        converter = vars(self)["g_converter"]
         if converter is None:
             high, low = (88.199997, 9.0)
             converter = SingleDeviceConductanceConverter(
                 high if self.g_max is None else self.g_max,
                 low if self.g_min is None else self.g_min,
             )
-        converter = read(ConductanceConverter, converter, "g_converter")  # type: ignore[type-abstract]
+        converter = read(ConductanceConverter, converter, "g_converter")
         for name in ("g_max", "g_min"):
             if getattr(self, name) not in (None, getattr(converter, name)):
                 self.refuse(name, f"{getattr(converter, name)}, which is the converter's, or None")

@@ -39,7 +39,7 @@ class ReRamWan2022NoiseModel(NoiseModel):
     coeff_dic: dict[float, list[float]] | None = None
     """Coefficients by time in seconds; None for the measured ones."""
     g_converter: ConductanceConverter = None  # type: ignore[assignment]
-    g_max: float | None = None
+    g_max: float = None  # type: ignore[assignment]
     noise_scale: float = 1.0
     coeff_g_max_reference: float | None = None
     """The g_max of the fit; None: 40 for the measured ones, else ``g_max``."""
@@ -90,4 +90,4 @@ class ReRamWan2022NoiseModel(NoiseModel):
         reference = self.coeff_g_max_reference
         if reference is None:
             reference = _REFERENCE if self.coeff_dic is None else self.g_max
-        return sigma.mul_(self.g_max / reference)  # type: ignore[operator]
+        return sigma.mul_(self.g_max / reference)

@@ -23,7 +23,7 @@ class StateIndependentNoiseModel(NoiseModel):
     """Constant programming noise, one distribution of drift, and read noise."""
 
     g_converter: ConductanceConverter = None  # type: ignore[assignment]
-    g_max: float | None = None
+    g_max: float = None  # type: ignore[assignment]
     prog_coeff: list[float] | None = None
     """None for [0.2, 0, 0] microsiemens."""
     prog_noise_scale: float = 1.0

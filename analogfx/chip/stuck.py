@@ -24,7 +24,7 @@ class StuckAtNoiseModel(NoiseModel):
     """Share stuck at its g_max."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", read(NoiseModel, self.model, "model"))  # type: ignore[type-abstract]
+        object.__setattr__(self, "model", read(NoiseModel, self.model, "model"))
         self.check_numbers(at_g_min=0.0, at_g_max=0.0)
         if self.at_g_min + self.at_g_max > 1:
             self.refuse("at_g_max", "shares that sum to 1 at most")

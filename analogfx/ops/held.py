@@ -11,7 +11,19 @@ from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
 from analogfx.ops.define import define
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? peaks, Tensor? gain, "
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? peaks, Tensor? gain, "
+)
+
+
+def _linear(*args: Any) -> Tensor:
+    *tensors, text = args
+    return held.linear(*(*tensors, decode(MVMSpec, text)))
+
+
+def _conv(*args: Any) -> Tensor:
+    *tensors, window, text = args
+    return held.conv(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> None:
@@ -22,7 +34,7 @@ define(
     "held_linear",
     _INPUTS + "str spec",
     "Tensor",
-    lambda *args: held.linear(*args[:-1], decode(MVMSpec, args[-1])),
+    _linear,
     lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
     lambda ctx, inputs, output: None,
     _no_gradient,
@@ -31,7 +43,7 @@ define(
     "held_conv",
     _INPUTS + "str window, str spec",
     "Tensor",
-    lambda *args: held.conv(*args[:-2], decode(Window, args[-2]), decode(MVMSpec, args[-1])),
+    _conv,
     lambda x, weight, *rest: conv.laid_out(
         x.new_empty(conv.out_shape(x, weight, decode(Window, rest[-2]))), x
     ),
