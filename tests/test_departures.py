@@ -275,3 +275,16 @@ def test_a_checkpointed_forward_counts_once(lightning):
     x = normal(5, 6).requires_grad_()
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert layer.input_range_update_idx.item() == (2 if lightning else 1)
+
+
+def test_a_batch_that_is_not_finite_leaves_a_fast_range_alone():
+    config = TorchInferenceRPUConfig()
+    config.pre_post.input_range.enable = config.pre_post.input_range.fast_mode = True
+    layer = analogfx.analogize(torch.nn.Linear(4, 3), config)
+    good, bad = torch.randn(8, 4), torch.randn(8, 4)
+    bad[0, 0] = float("nan")
+    layer(good)
+    before = layer.input_range.detach().clone()
+    layer(bad)
+    assert torch.equal(layer.input_range, before)
+    assert layer.input_range_update_idx.tolist() == [1]

@@ -17,8 +17,8 @@ from analogfx.capture import Pattern, bind, capture, pattern_of
 from analogfx.config import Resolved
 from analogfx.module import AnalogModule
 from analogfx.passes import pipeline
+from analogfx.passes.chain import made_for, role
 from analogfx.passes.contract import Context, Site
-from analogfx.passes.map_tiles import made_for, role
 from analogfx.program import Placement, Program
 
 Watch = Callable[[Graph, Site], None]

@@ -37,13 +37,14 @@ class Record:
         Raises:
             ConfigError: the class is no dataclass, so that its parameters are not known.
         """
-        if not is_dataclass(self):
+        kind: Any = type(self)
+        if not _has_fields(kind):
             valid = (
                 f"a dataclass: to write {type(self).__name__} down, its parameters must be known"
             )
             raise ConfigError([Conflict(self.kind, self, valid)])
         return {"name": type(self).__name__} | {
-            item.name: _plain(getattr(self, item.name)) for item in fields(self)
+            item.name: _plain(getattr(self, item.name)) for item in fields(kind)
         }
 
     @classmethod
@@ -85,7 +86,8 @@ def read(kind: type[RecordT], value: object, where: str) -> RecordT:
         return value
     if isinstance(value, Mapping):
         given = {str(k): v for k, v in value.items() if k != "name"}
-        found, strict = _classes.get(str(value.get("name"))), True
+        found: Any = _classes.get(str(value.get("name")))
+        strict = True
     else:
         given = dict(vars(value)) if hasattr(value, "__dict__") else {}
         found, strict = _classes.get(type(value).__name__), False

@@ -39,14 +39,19 @@ define(
     lambda ctx, inputs, output: None,
     _no_gradient,
 )
+
+
+def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    window, spec = decode(Window, rest[-2]), decode(MVMSpec, rest[-1])
+    return conv.laid_out(x.new_empty(conv.out_shape(x, weight, window, spec)), x)
+
+
 define(
     "held_conv",
     _INPUTS + "str window, str spec",
     "Tensor",
     _conv,
-    lambda x, weight, *rest: conv.laid_out(
-        x.new_empty(conv.out_shape(x, weight, decode(Window, rest[-2]))), x
-    ),
+    _fake_conv,
     lambda ctx, inputs, output: None,
     _no_gradient,
 )

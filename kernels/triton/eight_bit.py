@@ -42,7 +42,7 @@ class _Kept(NamedTuple):
         if not changes.unchanged(weight, self.weight):
             return False
         if clip is None or self.clip is None:
-            return clip is self.clip
+            return clip is None and self.clip is None
         before, then = self.clip
         return before() is clip and changes.unchanged(clip, then)
 
