@@ -536,9 +536,8 @@ def _range_conflicts(ranges: InputRangeParameter, mode: str) -> Iterator[Conflic
             yield conflict("dynamic", "False with fast_mode, which keeps one range for all inputs")
         if not (0 <= ranges.act_range_momentum <= 1 or ranges.act_range_momentum == -1):
             yield conflict("act_range_momentum", "0 to 1, or -1 for the extrema ever seen")
-    if mode in ("static", "fast"):
-        if ranges.init_value <= 0:
-            yield conflict("init_value", "a number above 0")
+    if mode in ("static", "fast") and ranges.init_value <= 0:
+        yield conflict("init_value", "a number above 0")
     if mode == "static":
         if ranges.init_std_alpha <= 0:
             yield conflict("init_std_alpha", "a number above 0")
