@@ -69,6 +69,14 @@ def test_the_report_says_who_left_a_layer_digital(choice, reason):
 BAD_CHOICES = {
     "not a name": ({3: COARSE}, "rpu_config = 3: expected a module name"),
     "a bad regular expression": ({"re:(": COARSE}, "a regular expression"),
+    "a recipe that was not called": (
+        recipes.afm, "expected afm(), with parentheses, or a callable of (name, module)"),
+    "a callable of one": (lambda name: None, "expected a callable of (name, module)"),
+    "an expression of 10 MB": ({"re:(" + "x" * 10_000_000: COARSE}, "a regular expression"),
+    "nested too deep": ({"re:" + "(" * 100_000: COARSE}, "a regular expression"),
+    "a field of 10 MB": ({"forward": {"x" * 10_000_000: 3}}, "a field of IOParameters"),
+    "a value of 10 MB": ({"forward": {"inp_res": "x" * 10_000_000}}, "a value of type float"),
+    "a thousand unknown fields": ({"forward": {f"f{i}": 1 for i in range(1000)}}, "950 more"),
     "no config": ("afm", "TorchInferenceRPUConfig"),
     "no config in a pattern": ({"head": 3}, "head: rpu_config"),
     "an unknown field": ({"forward": {"inp_re": 3}}, "did you mean 'inp_res'"),
@@ -87,5 +95,33 @@ def test_bad_choices_are_refused_before_anything_is_touched(name, inplace):
     with pytest.raises(ConfigError) as caught:
         analogfx.analogize(model, choice, inplace=inplace)
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 10_000
     assert not analog_names(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_long_pattern_that_matches_nothing_is_a_short_warning():
+    with pytest.warns(UserWarning, match="matches no module") as told:
+        analogfx.analogize(Deep(1), {"x" * 10_000_000: COARSE})
+    assert len(str(told[0].message)) < 1000
+
+
+def test_a_resolution_that_looks_like_bits_is_a_warning():
+    config = {"forward": {"inp_res": 8}, "pre_post": {"input_range": {"enable": True}}}
+    with pytest.warns(UserWarning, match=r"forward.inp_res = 8 .* analogfx.bits\(8\)"):
+        analogfx.analogize(Deep(1), config)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [lambda name, module, more=None: None, lambda *args: None],
+    ids=["a default", "any number"],
+)
+def test_whatever_takes_two_arguments_is_a_callable(choice):
+    assert analog_names(analogfx.analogize(Deep(1), choice)) == []
+
+
+def test_an_expression_that_takes_for_ever_is_stopped():
+    model = torch.nn.ModuleDict({"a" * 60 + "c": torch.nn.Linear(2, 2)})
+    with pytest.raises(ConfigError, match="within 1 s: avoid repeats inside repeats"):
+        analogfx.analogize(model, {"re:(a|aa)+$": COARSE})

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,8 +58,12 @@ def test_is_installed_as_a_command():
         ["demo", "--out", "x", "--epochs", "0"],
         ["demo", "--out", "x", "--epochs", "many"],
         ["demo", "--out", "x", "--seed", "-1"],
+        ["demo", "--out", "x", "--seed", "4294967296"],
+        ["demo", "--out", "x", "--seed", "1" * 30],
+        ["demo", "--out", "x", "--seed", "1" * 5000],
+        ["export", "--checkpoint", "x", "--input", "1", "--out", "x", "--seed", "1" * 5000],
     ],
-    ids=" ".join,
+    ids=lambda arguments: " ".join(arguments)[:60],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -102,3 +107,56 @@ def test_other_errors_are_not_hidden(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "run", run)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo", "--out", str(tmp_path)])
+
+
+# argparse itself keeps silent about output that fails at once, without a buffer.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+FORESEEN = {
+    "Ctrl-C": (KeyboardInterrupt(), 130, "analogfx: interrupted\n"),
+    "a full disk": (
+        OSError(28, "No space left on device", "/x/model.onnx"), 1,
+        "analogfx: error: [Errno 28] No space left on device: '/x/model.onnx'\n"),
+    "no reader": (BrokenPipeError(32, "Broken pipe"), 141, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORESEEN)
+def test_what_is_foreseen_is_told_in_a_line(name, monkeypatch, capfd, tmp_path):
+    error, status, message = FORESEEN[name]
+
+    def run(out, settings):
+        raise error
+
+    monkeypatch.setattr(demo, "run", run)
+    output = os.dup(1)
+    try:
+        assert cli.main(["demo", "--out", str(tmp_path)]) == status
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+    assert capfd.readouterr().err == message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that Linux has")
+def test_output_that_cannot_be_written_is_told_once():
+    command = [Path(sys.executable).parent / "analogfx", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED)
+    assert done.returncode == 1
+    assert done.stderr == "analogfx: error: [Errno 28] No space left on device\n"
+
+
+def test_output_that_nobody_reads_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [Path(sys.executable).parent / "analogfx", "--version"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=BUFFERED)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_exit_statuses_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"{status} " in told for status in (0, cli.SYSTEM, cli.REFUSED, 130, cli.CLOSED))

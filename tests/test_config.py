@@ -118,6 +118,17 @@ def sections(kind):
 configs = sections(TorchInferenceRPUConfig)
 
 
+def own_numbers(kind, section=TorchInferenceRPUConfig, path=""):
+    """The paths, as `make` takes them, of all fields of a type."""
+    found = []
+    for item in dataclasses.fields(section):
+        if dataclasses.is_dataclass(item.type):
+            found += own_numbers(kind, item.type, f"{path}{item.name}__")
+        elif item.type is kind:
+            found.append(path + item.name)
+    return found
+
+
 class TestSameAsLightning:
     @pytest.mark.parametrize("name", CLASSES)
     def test_fields_and_defaults(self, name):
@@ -375,6 +386,28 @@ class TestConflicts:
         found = [conflict.field for conflict in conflicts_of(config)]
         assert found == ["clip.sigma", "pre_post.input_range.act_range_momentum"]
 
+    @pytest.mark.parametrize("value", [1e31, 1e39, -1e39, 1e300, 1e-46, 5e-324])
+    @pytest.mark.parametrize("path", own_numbers(float))
+    def test_numbers_beyond_float32(self, path, value):
+        (conflict,) = [c for c in conflicts_of(make(**{path: value})) if "float32" in c.valid]
+        assert (conflict.field, conflict.value) == (path.replace("__", "."), value)
+
+    @pytest.mark.parametrize("value", [2**63, -(2**64), pytest.param(10**5000, id="long")])
+    @pytest.mark.parametrize("path", own_numbers(int))
+    def test_numbers_beyond_an_integer(self, path, value):
+        (conflict,) = conflicts_of(make(**{path: value}))
+        assert (conflict.field, conflict.value) == (path.replace("__", "."), value)
+        assert len(str(ConfigError([conflict]))) < 1000
+
+    def test_a_count_that_would_open_a_calibrated_range(self):
+        assert conflicts_of(with_range(init_from_data=2**31))
+        assert resolve(with_range(init_from_data=2**31 - 1))
+
+    @pytest.mark.parametrize("path", own_numbers(float))
+    def test_an_integer_beyond_a_float(self, path):
+        with pytest.raises(ConfigError, match=path.replace("__", r"\.")):
+            make(**{path: 10**400})
+
     def test_negative_output_noise(self):
         assert [conflict.field for conflict in conflicts_of(make(forward__out_noise=-1))] == [
             "forward.out_noise"
@@ -504,6 +537,21 @@ class TestResolve:
         assert resolved.learnable_clip == learnable
         assert resolved.bound_per_channel == bound_per_channel
 
+    @pytest.mark.parametrize("never", [0, -1, -7])
+    @pytest.mark.parametrize("fast", [False, True])
+    def test_a_range_that_never_follows_data(self, fast, never):
+        resolved = resolve(with_range(fast_mode=fast, init_from_data=never))
+        assert resolved.init_from_data == 0
+
+    @pytest.mark.parametrize(
+        ("kind", "per_channel"),
+        [("LAYER_GAUSSIAN", False), ("LAYER_GAUSSIAN_PER_CHANNEL", True)],
+    )
+    def test_a_gaussian_type_without_sigma_chooses_the_bound_alone(self, kind, per_channel):
+        resolved = resolve(make(clip__type=kind))
+        assert (resolved.clip_sigma, resolved.bound_per_channel) == (0.0, per_channel)
+        assert resolved.is_identity
+
     def test_accepts_what_as_config_accepts(self):
         foreign = lightning.TorchInferenceRPUConfig()
         foreign.mapping.max_input_size = 512
@@ -515,3 +563,30 @@ class TestResolve:
         with pytest.warns(DeprecationWarning, match="noise_type = ADD_NORMAL"):
             assert resolve(config).noise_std == 0.1
         assert config == before
+
+
+class TestBits:
+    @pytest.mark.parametrize(("width", "steps"), [(2, 2), (3, 6), (4, 14), (8, 254), (12, 4094)])
+    def test_levels_are_the_codes_but_one(self, width, steps):
+        assert analogfx.bits(width) == steps
+        levels = {round(value * steps / 2) for value in (-1.0, 0.0, 1.0)}
+        assert levels == {-(2 ** (width - 1) - 1), 0, 2 ** (width - 1) - 1}
+
+    @pytest.mark.parametrize("width", [1, 0, -8, 25, pytest.param(10**5000, id="long")])
+    def test_other_widths_are_refused(self, width):
+        with pytest.raises(ValueError, match="expected 2 to 24 bits"):
+            analogfx.bits(width)
+
+    @pytest.mark.parametrize("width", [8.0, "8", None])
+    def test_other_types_are_refused(self, width):
+        with pytest.raises(TypeError):
+            analogfx.bits(width)
+
+    @pytest.mark.parametrize("path", ["forward__inp_res", "forward__out_res", "modifier__res"])
+    def test_a_resolution_that_looks_like_bits_is_doubted(self, path):
+        (sentence,) = own.doubts(make(**{path: 8}))
+        assert path.replace("__", ".") in sentence and "analogfx.bits(8), that is 254" in sentence
+
+    @pytest.mark.parametrize("value", [-1, 0, 0.125, 2, 3, 4, 6, 7, 14, 15, 16, 62, 254, 255, 256])
+    def test_other_resolutions_are_not(self, value):
+        assert own.doubts(make(forward__inp_res=value, modifier__res=value)) == []
