@@ -39,11 +39,11 @@ def unset_ranges(analog: nn.Module) -> list[UnsetRange]:
     return found
 
 
-def warn_unset(analog: nn.Module, stacklevel: int = 2) -> None:
+def warn_unset(analog: nn.Module, stacklevel: int = 1) -> None:
     """Warn, once for all layers, of ranges that data has not set; see :func:`unset_ranges`.
 
     Args:
-        stacklevel: as that of ``warnings.warn``, from the caller of this function.
+        stacklevel: as that of ``warnings.warn``: 1 is the line that calls this function.
     """
     found = unset_ranges(analog)
     if not found:

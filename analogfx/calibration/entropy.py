@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 _BINS = 2048
-_CANDIDATES = 128
 
 
 def least_divergence(magnitudes: Tensor, inp_res: float) -> float:
     """The range whose quantised distribution diverges least from that of the clipped inputs.
 
-    For each of 128 candidates, P is the histogram of the magnitudes up to the candidate with all
-    beyond it in the last bin, and Q is that histogram, without what lies beyond, averaged over
-    the bins (those that P fills) of each step of the DAC; the candidate with the smallest
-    KL(P || Q) is taken. Zeros, which every range represents exactly, are left out.
+    The candidates are the ends of the bins of a histogram. For each, P is the histogram up to
+    there with all that lies beyond added to the last bin, and Q is the histogram up to there
+    without it, averaged over the bins of each step of the DAC (those that P fills). The one with
+    the smallest KL(P || Q) is taken, of equals the largest. Zeros, which every range represents
+    exactly, are left out.
 
     Args:
         magnitudes: (N,) float32, not all zero.
@@ -32,7 +32,7 @@ def least_divergence(magnitudes: Tensor, inp_res: float) -> float:
     counts = torch.histc(magnitudes[magnitudes > 0], bins, 0.0, largest).double()
     beyond = counts.sum() - counts.cumsum(0)
     best, least = bins, float("inf")
-    for end in torch.linspace(bins, levels, _CANDIDATES).int().tolist():
+    for end in range(bins, levels - 1, -1):
         divergence = _divergence(counts[:end], beyond[end - 1], levels)
         if divergence < least:  # the first of equals, which is the largest range
             best, least = end, divergence

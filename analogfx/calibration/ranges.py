@@ -29,7 +29,9 @@ class SiteInputs:
     def see(self, x: Tensor) -> Tensor:
         """Take one call's inputs; return what the product goes on with."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        rows = rows[(rows != 0).any(dim=1)]  # an empty time step or padded token tells nothing
+        told = (rows != 0).any(dim=1)  # an empty time step or a padded token tells nothing
+        if not bool(told.all()):
+            rows = rows[told]
         if len(rows):
             self.non_finite += int((~rows.isfinite()).sum())
             self.estimator.see(rows)
