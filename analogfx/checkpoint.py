@@ -19,7 +19,8 @@ from torch import nn
 from analogfx.api import analogize
 from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError
-from analogfx.module import AnalogModule, unwrapped
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.sites import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 Stamp = tuple[int, int, int]
 
-_uncounted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""How often each weight was written without being counted by torch."""
+_WRITES = "_analogfx_writes"
+"""Attribute of a weight: how often it was written without being counted by torch.
+
+On the tensor itself, as torch swaps no tensor that has a weak reference.
+"""
 
 
 def stamp(weight: Tensor) -> Stamp:
@@ -26,7 +28,7 @@ def stamp(weight: Tensor) -> Stamp:
     Of weights made in inference mode torch counts no writes.
     """
     version = -1 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), _uncounted.get(owner(weight), 0)
+    return version, weight.data_ptr(), getattr(owner(weight), _WRITES, 0)
 
 
 def owner(weight: Tensor) -> Tensor:
@@ -37,7 +39,8 @@ def owner(weight: Tensor) -> Tensor:
 def written(weights: Iterable[Tensor]) -> None:
     """Say that weights may have been written in a way that torch does not count."""
     for weight in weights:
-        _uncounted[owner(weight)] = _uncounted.get(owner(weight), 0) + 1
+        owned = owner(weight)
+        setattr(owned, _WRITES, getattr(owned, _WRITES, 0) + 1)
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:

@@ -14,13 +14,12 @@ from analogfx.passes.contract import (
     Context,
     Decision,
     Site,
-    StateNames,
     refuse,
     split_sizes,
-    state_names,
 )
 from analogfx.passes.normalize import CONVOLUTIONS
 from analogfx.passes.stationary import sources, weight_value
+from analogfx.state import StateNames, state_names
 
 # Ops that only rename a parameter's elements: what they give can be written back.
 _VIEWS = {

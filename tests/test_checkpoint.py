@@ -11,7 +11,7 @@ from torch import nn
 import analogfx
 from analogfx import checkpoint
 from analogfx.errors import CheckpointError
-from analogfx.module import AnalogModule
+from analogfx.modules.analog_module import AnalogModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
