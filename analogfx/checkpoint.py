@@ -22,7 +22,8 @@ from analogfx import files
 from analogfx.api import analogize, to_digital
 from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError, abridged, shown
-from analogfx.module import AnalogModule, unwrapped
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.sites import unwrapped
 from analogfx.tensorfile import DTYPES, tensors_in
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

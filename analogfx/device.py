@@ -39,8 +39,9 @@ from analogfx.held import Held, holding
 from analogfx.kernels import held as kernel
 from analogfx.kernels import noise
 from analogfx.kernels.spec import MVMSpec
-from analogfx.module import AnalogModule, analog_sites, unwrapped
-from analogfx.program import AnalogSite
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
+from analogfx.modules.sites import required_sites, unwrapped
 
 SCHEMA = 1
 CHIP_FILE = "chip.json"
@@ -347,7 +348,7 @@ def _products(
     Raises:
         CaptureError: a site has none.
     """
-    for path, module, site in analog_sites(analog):
+    for path, module, site in required_sites(analog):
         number = module._analog.sites.index(site)
         name = ".".join(filter(None, (path, site.state.prefix + site.name)))
         program = next(p for (training, _), p in module._analog.programs.items() if not training)

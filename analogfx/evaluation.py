@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from analogfx.kernels import noise
-from analogfx.module import AnalogModule, analog_sites, parameter_of, row_maxima, store_weight
-from analogfx.program import AnalogSite
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
+from analogfx.modules.remember import row_maxima
+from analogfx.modules.sites import required_sites
+from analogfx.modules.write_back import parameter_of, store_weight
 
 
 @contextmanager
@@ -62,7 +65,7 @@ _Product = tuple[AnalogModule, AnalogSite]
 def _by_parameter(analog: nn.Module) -> list[tuple[nn.Parameter, list[_Product]]]:
     """Every parameter with the products that multiply by it or by a part of it."""
     groups: dict[int, tuple[nn.Parameter, list[_Product]]] = {}
-    for _, module, site in analog_sites(analog):
+    for _, module, site in required_sites(analog):
         parameter = parameter_of(module, site)
         groups.setdefault(id(parameter), (parameter, []))[1].append((module, site))
     return list(groups.values())

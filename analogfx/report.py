@@ -12,22 +12,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from analogfx.capture import mentions_product
+from analogfx.choose import Chosen
 from analogfx.errors import PlacementError
-from analogfx.module import AnalogModule, unwrapped
-from analogfx.passes.contract import Decision
-
-
-@dataclass(frozen=True)
-class SiteReport(Decision):
-    """Where one product with a parameter went.
-
-    ``name`` is the module's path, and the parameter's where the module has more than one product;
-    ``decided_by`` is "capture" for a module whose graph is not to be had.
-    """
-
-    asked: bool = False
-    """Whether the config itself leaves the product digital."""
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.capture import mentions_product
+from analogfx.modules.plan import make_plan, site_name
+from analogfx.modules.sites import unwrapped
+from analogfx.passes.contract import SiteReport
 
 
 @dataclass(frozen=True)
@@ -83,17 +74,6 @@ class Report:
             counts = ", ".join(f"{name} {count}" for name, count in self.passes.items())
             lines.append(f"changed by whole-graph passes: {counts}")
         return "\n".join(lines)
-
-
-def site_name(module: str, parameter: str, several: bool) -> str:
-    """The name of a site: its module's path, and what it multiplies by where that is not clear.
-
-    Args:
-        parameter: the parameter's name from the module.
-        several: whether the module has more than one product.
-    """
-    named = several or parameter != "weight"
-    return ".".join(filter(None, (module, parameter if named else ""))) or parameter
 
 
 @dataclass(frozen=True)
@@ -199,25 +179,55 @@ _NO_PRODUCTS = {f"torch.nn.modules.{name}" for name in ("sparse", "normalization
 
 
 def report(analog: nn.Module) -> Report:
-    """The placement of an analogized model, or of a compiled one: of what has been compiled so far.
+    """The placement of an analogized model as it is now, or what of a model was compiled so far.
 
+    A layer that was put there after ``analogize()``, or made digital again, is digital here.
     Looks into what ``torch.compile`` and data-parallel wrappers made of a model.
 
     Raises:
         PlacementError: the model was not analogized.
     """
     model, inner = getattr(analog, "_orig_mod", analog), unwrapped(analog)
-    placed = getattr(inner, "_analog_report", None)
+    chosen = getattr(inner, _CHOSEN, None)
     compiled = _compiled.get(model) if isinstance(model, nn.Module) else None
-    if isinstance(placed, Report):
+    if chosen is not None:
         passes = dict(compiled.passes) if compiled else {}
-        return replace(placed, passes=passes, kernels=_kernels(inner))
+        return Report(_as_it_is(inner, chosen), passes, _kernels(inner))
     if compiled is not None:
         return compiled.report(model)
     raise PlacementError(
         f"{type(model).__name__} carries no placement: pass what analogize() or load() returned, "
         'or a model of which torch.compile(backend="analogfx") has compiled something'
     )
+
+
+_CHOSEN = "_analog_chosen"
+
+
+def remember_choice(analog: nn.Module, chosen: Mapping[str, Chosen]) -> None:
+    """Keep on a model what its config said of every module, for reports."""
+    setattr(analog, _CHOSEN, dict(chosen))
+
+
+def forget_choice(model: nn.Module) -> None:
+    """Undo :func:`remember_choice`."""
+    model.__dict__.pop(_CHOSEN, None)
+
+
+def _as_it_is(model: nn.Module, chosen: Mapping[str, Chosen]) -> tuple[SiteReport, ...]:
+    """The products of a model; those that would become analog, but are not, are digital."""
+    plan = make_plan(model, chosen, None)
+    for path in plan.placements:
+        plan.reports[path] = [
+            replace(s, status="digital", tile_grid=(0, 0), reason=_CHANGED, decided_by="report")
+            if s.status == "analog"
+            else s
+            for s in plan.reports[path]
+        ]
+    return plan.sites
+
+
+_CHANGED = "made digital again, or put there, after analogize()"
 
 
 def _kernels(model: nn.Module) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from analogfx.errors import CaptureError
-from analogfx.program import explicit_level
+from analogfx.modules.program import explicit_level
 
 
 class _Tensors(nn.Module):

@@ -12,8 +12,10 @@ from analogfx.kernels import changes, dispatch
 from analogfx.kernels.clip import clip_matrix
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
-from analogfx.module import AnalogModule, analog_sites, is_view, sites, store_weight
-from analogfx.program import AnalogSite
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
+from analogfx.modules.sites import required_sites, sites
+from analogfx.modules.write_back import is_view, parameter_of, store_weight
 
 
 def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
@@ -32,7 +34,7 @@ def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"clip_after_step() takes an optimizer, found {type(optimizer).__name__}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found = analog_sites(analog)
+    found = required_sites(analog)
     if not any(id(p) in held for _, module, _ in found for p in module.parameters()):
         raise ValueError("the optimizer holds no parameter of the analog layers of this model")
     return optimizer.register_step_post_hook(lambda *_: clip_weights(analog))
@@ -83,20 +85,22 @@ def quantize_weights(analog: nn.Module) -> None:
     the weights.) Configs that were handed in are not changed.
 
     Raises:
-        CaptureError: a weight is computed from its parameter, so it cannot be written back.
+        CaptureError: a weight is computed from its parameter, so it cannot be written back;
+            nothing is changed.
     """
-    for module in analog.modules():
-        if not isinstance(module, AnalogModule):
-            continue
-        placement = module._analog
-        config = placement.resolved
-        if not config.weight_states and not config.learnable_clip:
-            continue
-        for site in placement.sites:
-            store_weight(module, site, _quantized(module, site))
-        changed = TorchInferenceRPUConfig.from_dict(placement.config.to_dict())
+    chosen = [
+        (module, site)
+        for _, module, site in sites(analog)
+        if module._analog.resolved.weight_states or module._analog.resolved.learnable_clip
+    ]
+    for module, site in chosen:  # all that may be refused, before anything is changed
+        parameter_of(module, site)
+    for module, site in chosen:
+        store_weight(module, site, _quantized(module, site))
+    for module in dict.fromkeys(module for module, _ in chosen):
+        changed = TorchInferenceRPUConfig.from_dict(module._analog.config.to_dict())
         changed.modifier.quantization_type = WeightQuantizationType.NONE
-        placement.change(module, changed)
+        module._analog.change(module, changed)
 
 
 def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:

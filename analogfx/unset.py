@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from analogfx.module import sites
+from analogfx.modules.sites import sites
 from analogfx.report import site_name
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Stamp(NamedTuple):
@@ -31,8 +30,11 @@ class Stamp(NamedTuple):
     it, even one that the system puts at the same address."""
 
 
-_uncounted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""How often each weight was written without being counted by torch."""
+_WRITES = "_analogfx_writes"
+"""Attribute of a weight: how often it was written without being counted by torch.
+
+On the tensor itself, as torch swaps no tensor that has a weak reference.
+"""
 
 
 def stamp(weight: Tensor) -> Stamp:
@@ -60,7 +62,7 @@ def _version(weight: Tensor) -> int:
 
 
 def _reported(weight: Tensor) -> int:
-    return _uncounted.get(owner(weight), 0)
+    return getattr(owner(weight), _WRITES, 0)
 
 
 def owner(weight: Tensor) -> Tensor:
@@ -71,7 +73,8 @@ def owner(weight: Tensor) -> Tensor:
 def written(weights: Iterable[Tensor]) -> None:
     """Report that weights may have been written in a way that torch does not count."""
     for weight in weights:
-        _uncounted[owner(weight)] = _uncounted.get(owner(weight), 0) + 1
+        owned = owner(weight)
+        setattr(owned, _WRITES, getattr(owned, _WRITES, 0) + 1)
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:

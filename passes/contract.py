@@ -13,7 +13,6 @@ bring parameters and buffers in, see ``stationary.py``; that is all a pass knows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
 from analogfx.passes.stationary import weight_value
+from analogfx.state import StateNames
 
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 """The canonical convolutions and their spatial axes."""
@@ -50,48 +50,15 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class StateNames:
-    """Attributes of the module that hold a site's state, under Lightning's names."""
+class SiteReport(Decision):
+    """Where one product with a parameter went.
 
-    prefix: str = ""
+    ``name`` is the module's path, and the parameter's where the module has more than one product;
+    ``decided_by`` is "capture" for a module whose graph is not to be had.
+    """
 
-    @property
-    def input_range(self) -> str:  # noqa: D102
-        return f"{self.prefix}input_range"
-
-    @property
-    def count(self) -> str:  # noqa: D102
-        return f"{self.prefix}input_range_update_idx"
-
-    @property
-    def x_min(self) -> str:  # noqa: D102
-        return f"{self.prefix}x_min"
-
-    @property
-    def x_max(self) -> str:  # noqa: D102
-        return f"{self.prefix}x_max"
-
-    @property
-    def clip(self) -> str:  # noqa: D102
-        return f"{self.prefix}learnable_weight_clip"
-
-    def all(self) -> tuple[str, ...]:
-        """Every attribute name, in the order of registration."""
-        return (self.input_range, self.count, self.x_min, self.x_max, self.clip)
-
-
-def state_names(parameters: Sequence[str]) -> list[StateNames]:
-    """Lightning's names for the only site of a module; several are told apart by their weight."""
-    if len(parameters) == 1:
-        return [StateNames()]
-    names: list[StateNames] = []
-    for parameter in parameters:
-        stem, number = parameter.replace(".", "_") + "_", 1
-        while StateNames(stem) in names:
-            number += 1
-            stem = f"{parameter.replace('.', '_')}_{number}_"
-        names.append(StateNames(stem))
-    return names
+    asked: bool = False
+    """Whether the config itself leaves the product digital."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
     if not training:
         return emit.method("range", "abs", parameter)
     stored = [emit.method("state", "detach", parameter)]
-    stored += [emit.attribute("state", n) for n in (names.count, names.x_min, names.x_max)]
+    stored += [emit.attribute("state", n) for n in names.ranges()[1:]]
     updated = emit.call(
         "update_range",
         dialect.update_range.default,

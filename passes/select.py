@@ -15,12 +15,11 @@ from analogfx.passes.contract import (
     Context,
     Decision,
     Site,
-    StateNames,
     refuse,
     split_sizes,
-    state_names,
 )
 from analogfx.passes.stationary import sources, weight_value
+from analogfx.state import StateNames, state_names
 
 # Ops that only rename a parameter's elements: what they give can be written back.
 _VIEWS = {

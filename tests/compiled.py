@@ -75,7 +75,7 @@ def evaluated(model, x):
 
 def ranges(model):
     """The state of a compiled or analogized model, ranges alone."""
-    analog = getattr(model, "_analog_report", None) is not None
+    analog = getattr(model, "_analog_chosen", None) is not None
     state = model.state_dict() if analog else analogfx.backend_state(model).state_dict()
     endings = ("input_range", "input_range_update_idx", "x_min", "x_max")
     return {name: value.detach().clone() for name, value in state.items() if name.endswith(endings)}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import analogfx
 from analogfx.kernels import noise
-from analogfx.program import explicit_level
+from analogfx.modules.program import explicit_level
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest difference, relative to the element and to the largest element of its tensor."""

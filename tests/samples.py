@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import analogfx
-from analogfx.capture import bind, capture, default_pattern
 from analogfx.config import resolve
-from analogfx.module import AnalogModule
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.capture import bind, capture, default_pattern
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context
 

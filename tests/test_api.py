@@ -25,8 +25,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import analogfx
-from analogfx import api, recipes
+from analogfx import recipes
 from analogfx.errors import CaptureError, PlacementError
+from analogfx.modules import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -305,7 +306,7 @@ def test_a_product_of_one_mode_alone_stays_digital():
     analog = analogfx.analogize(module, COARSE)
     assert not analog_names(analog)
     assert {s.reason for s in analogfx.report(analog).sites} == {
-        "the forward multiplies by ['a', 'b'] or by ['a'], as its mode or arguments say"
+        "the forward multiplies by ['a', 'b'] or by ['a'], as its mode, arguments or attributes say"
     }
 
 
@@ -544,8 +545,8 @@ def test_a_language_model_generates():
 
 def test_a_deep_model_is_analogized_in_seconds_from_few_graphs(monkeypatch):
     built = []
-    build = api.build
-    monkeypatch.setattr(api, "build", lambda *args: built.append(args) or build(*args))
+    build = plan.build
+    monkeypatch.setattr(plan, "build", lambda *args: built.append(args) or build(*args))
     model = Deep(100, width=8)  # 201 layers
     start = time.perf_counter()
     analog = analogfx.analogize(model, recipes.afm(), inplace=True)

@@ -16,7 +16,7 @@ import analogfx
 from analogfx import checkpoint, recipes
 from analogfx import files as files_module
 from analogfx.errors import CheckpointError
-from analogfx.module import AnalogModule
+from analogfx.modules.analog_module import AnalogModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

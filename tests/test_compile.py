@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import analogfx
-from analogfx.program import explicit_level
+from analogfx.modules.program import explicit_level
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 

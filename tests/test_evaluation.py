@@ -4,7 +4,7 @@ from torch import nn
 
 import analogfx
 from analogfx.evaluation import programmed
-from analogfx.module import sites
+from analogfx.modules.sites import sites
 
 
 def config(max_input_size=-1):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import analogfx
 from analogfx import ops
-from analogfx.program import explicit_level
+from analogfx.modules.program import explicit_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

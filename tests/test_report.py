@@ -6,7 +6,8 @@ from torch import nn
 
 import analogfx
 from analogfx.errors import PlacementError
-from analogfx.report import Report, SiteReport, check_strict
+from analogfx.passes.contract import SiteReport
+from analogfx.report import Report, check_strict
 
 
 def site(name="layer", shape=(4, 3), status="analog", reason="", asked=False):

@@ -103,6 +103,6 @@ def test_a_model_without_a_single_graph_says_so():
     analog = analogfx.analogize(Gate(), CONFIGS["DAC"])
     with pytest.raises(CaptureError, match="Gate has no single graph: "):
         analogfx.trace(analog, torch.ones(2, 4))
-    from analogfx import program
+    from analogfx.modules import program
 
     assert program._explicit is False

@@ -6,9 +6,9 @@ import torch
 from samples import captured, run
 
 import analogfx
-from analogfx.capture import default_pattern
 from analogfx.config import resolve
 from analogfx.kernels import prepared
+from analogfx.modules.capture import default_pattern
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context
 from analogfx.passes.stationary import mark_stationary

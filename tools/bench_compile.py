@@ -280,7 +280,7 @@ def _start(
             failed[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
             continue
         seconds = time.perf_counter() - begin
-        ours = arm.compiled is not None and hasattr(arm.model, "_analog_report")
+        ours = arm.compiled is not None and hasattr(arm.model, "_analog_chosen")
         passes = dict(analogfx.report(arm.model).passes) if ours else {}
         starts[name] = Start(seconds, sum(counters["graph_break"].values()), passes)
     return starts, failed

@@ -20,7 +20,7 @@ from analogfx.backend.frozen import Folded
 from analogfx.backend.options import Options, parse
 from analogfx.backend.placement import feed_of
 from analogfx.errors import ConfigError, Conflict
-from analogfx.module import AnalogModule
+from analogfx.modules.analog_module import AnalogModule
 from analogfx.passes import pipeline
 from analogfx.report import note_passes, report_of_graph
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from analogfx.backend.state import backend_state
-from analogfx.capture import source
 from analogfx.errors import AnalogfxError
+from analogfx.modules.capture import source
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from analogfx.backend.feed import Feed, Product
 from analogfx.backend.options import Options
 from analogfx.backend.state import Place
 from analogfx.passes import pipeline
-from analogfx.passes.contract import Context, Decision, decisions_of
+from analogfx.passes.contract import Context, Decision, SiteReport, decisions_of
 from analogfx.passes.normalize import normalize
 from analogfx.passes.select import select
-from analogfx.report import CompiledSite, SiteReport
+from analogfx.report import CompiledSite
 
 
 def feed_of(module: GraphModule, context: DynamoContext, options: Options) -> Feed:

@@ -19,9 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.config import Resolved
 from analogfx.errors import PlacementError
-from analogfx.kernels import reference as ref
-from analogfx.module import as_state
-from analogfx.passes.contract import StateNames, state_names
+from analogfx.state import RANGES, StateNames, as_state, precision, state_names
 
 
 @dataclass(frozen=True)
@@ -61,56 +59,43 @@ class Home:
     parameter: str
 
 
-@dataclass
 class RangeState:
     """Ranges of one slot and the statistics that set them; each (k,) for k tiles."""
 
-    input_range: Tensor
-    count: Tensor
-    x_min: Tensor
-    x_max: Tensor
-
-    @classmethod
-    def initial(cls, slot: Slot, weight: Tensor) -> RangeState:
+    def __init__(self, slot: Slot, weight: Tensor) -> None:
         """State that has seen no data."""
-
-        def full(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((slot.tiles,), value, dtype=dtype, device=weight.device)
-
-        dtype = _precision(weight)
-        return cls(
-            full(slot.config.init_value, dtype),
-            full(0, torch.int64),
-            full(-ref.UNTOUCHED, dtype),
-            full(ref.UNTOUCHED, dtype),
+        self._tensors = tuple(
+            torch.full(
+                variable.shape(slot.tiles, 0),
+                variable.initial(slot.config) if variable.initial else 0,
+                dtype=variable.dtype(weight.dtype),
+                device=weight.device,
+            )
+            for variable in RANGES
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors, in the order in which a site registers them."""
-        return self.input_range, self.count, self.x_min, self.x_max
+        return self._tensors
 
     @staticmethod
     def names() -> tuple[str, ...]:
         """What the names of all states end in."""
-        return StateNames().all()[:4]
+        return StateNames().ranges()
 
     def named(self, names: StateNames) -> dict[str, Tensor]:
         """The tensors by their names on a module."""
-        return dict(zip(names.all(), self.tensors(), strict=False))
+        return dict(zip(names.ranges(), self._tensors, strict=True))
 
     def follow(self, weight: Tensor) -> None:
         """Go where the model has gone: its device, and double precision or single."""
-        dtype = _precision(weight)
-        if self.input_range.device != weight.device or self.input_range.dtype != dtype:
+        first = self._tensors[0]
+        if first.device != weight.device or first.dtype != precision(weight.dtype):
             with torch.inference_mode(False):
-                self.input_range = self.input_range.to(weight.device, dtype)
-                self.count = self.count.to(weight.device)
-                self.x_min = self.x_min.to(weight.device, dtype)
-                self.x_max = self.x_max.to(weight.device, dtype)
-
-
-def _precision(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+                self._tensors = tuple(
+                    t.to(weight.device, variable.dtype(weight.dtype))
+                    for variable, t in zip(RANGES, self._tensors, strict=True)
+                )
 
 
 @dataclass
@@ -157,7 +142,7 @@ class _Ranges:
         """
         key = parameter, slot
         if key not in self.uses:
-            self.uses[key] = made = RangeState.initial(slot, weight)
+            self.uses[key] = made = RangeState(slot, weight)
             try:
                 _copy(self.matched(self.loaded, self.path, [made]))
             except PlacementError:
@@ -218,7 +203,7 @@ def _state_at(home: Home | None, weight: Tensor, slot: Slot) -> RangeState:
     """The state that a module has for one of its weights, whichever tensor that was so far."""
     with torch.inference_mode(False):
         if home is None:
-            return RangeState.initial(slot, weight)
+            return RangeState(slot, weight)
         ranges = _by_module.setdefault(home.module, _Ranges())
         return ranges.use(home.parameter, slot, weight)
 

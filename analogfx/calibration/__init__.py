@@ -19,8 +19,9 @@ from analogfx.calibration.ranges import InputPass
 from analogfx.calibration.result import Calibration, SiteCalibration
 from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import CalibrationError
-from analogfx.module import AnalogModule, analog_sites, unwrapped
-from analogfx.program import AnalogSite
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
+from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.report import site_name
 
 __all__ = ["METHODS", "Calibration", "SiteCalibration", "calibrate"]
@@ -141,7 +142,7 @@ _Names = dict[AnalogModule, list[str]]
 
 def _names(analog: nn.Module) -> _Names:
     named: _Names = {}
-    for path, module, site in analog_sites(analog):
+    for path, module, site in required_sites(analog):
         several = len(module._analog.sites) > 1
         named.setdefault(module, []).append(site_name(path, site.name, several))
     return named

@@ -14,7 +14,7 @@ from analogfx.calibration import observe
 from analogfx.config import Resolved
 from analogfx.errors import CalibrationError
 from analogfx.kernels import reference as ref
-from analogfx.module import AnalogModule
+from analogfx.modules.analog_module import AnalogModule
 
 _EDGES = 1 << 15
 """Positive bfloat16 numbers, the edges of the histogram: neighbours are less than 0.8 % apart."""

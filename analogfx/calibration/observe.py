@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from analogfx.capture import Pattern, bind, capture, pattern_of
 from analogfx.config import Resolved
-from analogfx.module import AnalogModule
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.capture import Pattern, bind, capture, pattern_of
+from analogfx.modules.placement import Placement
+from analogfx.modules.program import Program
 from analogfx.passes import pipeline
 from analogfx.passes.chain import made_for, role
 from analogfx.passes.contract import Context, Site
-from analogfx.program import Placement, Program
 
 Watch = Callable[[Graph, Site], None]
 """Puts nodes that call an observer into a graph, for one site."""

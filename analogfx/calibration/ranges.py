@@ -13,8 +13,8 @@ from torch import Tensor
 from analogfx.calibration import observe
 from analogfx.calibration.estimators import Estimator, Settings, make
 from analogfx.config import Resolved
-from analogfx.module import AnalogModule
-from analogfx.program import AnalogSite
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
 
 
 class SiteInputs:

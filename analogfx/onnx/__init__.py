@@ -66,7 +66,7 @@ def export_onnx(
             the file disagrees with the model. What was at ``path`` stays as it was.
     """
     _require()
-    from analogfx.module import unwrapped
+    from analogfx.modules.sites import unwrapped
     from analogfx.onnx.export import export
 
     if not isinstance(args, (tuple, list)):

@@ -25,10 +25,10 @@ import analogfx.ops  # noqa: F401 (registers the fused ops)
 from analogfx.errors import OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
-from analogfx.module import AnalogModule
-from analogfx.module import sites as analog_sites
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
+from analogfx.modules.sites import sites
 from analogfx.onnx.writer import DOMAIN, VERSION
-from analogfx.program import AnalogSite
 
 _FUSED = (torch.ops.analogfx.analog_linear.default, torch.ops.analogfx.analog_conv.default)
 
@@ -170,9 +170,9 @@ def is_site(node: ir.Node) -> bool:
 
 def site_calls(analog: nn.Module, graph: ir.Graph) -> Iterator[SiteCall]:
     """The calls of a model's sites, in the order of a graph."""
-    sites = list(analog_sites(analog))
+    found = list(sites(analog))
     for node in filter(is_site, graph):
-        path, module, site = sites[node.attributes["number"].as_int()]
+        path, module, site = found[node.attributes["number"].as_int()]
         window, spec = (node.attributes[name].as_string() for name in ("window", "spec"))
         geometry = decode(Window, window) if window else None
         yield SiteCall(node, path, module, site, decode(MVMSpec, spec), geometry)

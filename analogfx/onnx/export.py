@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import analogfx
 from analogfx.errors import OnnxError
 from analogfx.kernels.patches import Window
-from analogfx.module import sites as analog_sites
+from analogfx.modules.sites import sites
 from analogfx.onnx import arguments, storage
 from analogfx.onnx import noise as draws
 from analogfx.onnx import verify as verification
@@ -119,7 +119,7 @@ def _check_request(
             raise OnnxError(f"{name} = {value!r}: expected an int")
     if not _OLDEST_OPSET <= opset <= _NEWEST_OPSET:
         raise OnnxError(f"opset = {opset}: expected {_OLDEST_OPSET} to {_NEWEST_OPSET}")
-    if not isinstance(analog, nn.Module) or next(analog_sites(analog), None) is None:
+    if not isinstance(analog, nn.Module) or next(sites(analog), None) is None:
         raise OnnxError(
             f"{type(analog).__name__} has no analog site: pass what analogize() returned"
         )
@@ -293,7 +293,7 @@ def _annotate(model: ir.Model, analog: nn.Module, level: str, written: Sequence[
     """Write down what a toolchain needs beside the graph: configs, tile maps, versions."""
     configs: list[dict[str, Any]] = []
     modules: dict[str, int] = {}
-    for path, module, _ in analog_sites(analog):
+    for path, module, _ in sites(analog):
         config = module._analog.config.to_dict()
         if config not in configs:
             configs.append(config)

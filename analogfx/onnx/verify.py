@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analogfx.errors import OnnxError
+from analogfx.modules.program import explicit_level
 from analogfx.onnx.arguments import bound, other_batches, other_lengths, sharing, tensors_of
 from analogfx.onnx.drive import Driven, driven, run_apart
 from analogfx.onnx.interval import interval
 from analogfx.onnx.runtimes import Run, host, load
 from analogfx.onnx.sites import Programmed
-from analogfx.program import explicit_level
 
 ERROR = {
     # Not 1e-14: between sites, a double model's file is of float32 precision. ONNX's attributes are

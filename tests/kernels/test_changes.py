@@ -78,13 +78,15 @@ def test_a_stamp_keeps_no_elements_alive():
     assert seen() is None and kept.storage.expired()
 
 
-def test_it_keeps_no_weight_alive():
-    w = weight()
+def test_a_weight_whose_writes_are_counted_can_be_swapped_and_dies():
+    w, other = weight(), weight()
     changes.written([w, w.t()])
-    count = len(changes._uncounted)
+    assert not weakref.getweakrefs(w)
+    torch.utils.swap_tensors(w, other)
+    gone = weakref.ref(w)
     del w
     gc.collect()
-    assert len(changes._uncounted) == count - 1
+    assert gone() is None
 
 
 def test_weights_of_inference_mode_may_always_have_changed():

@@ -13,8 +13,8 @@ from torch import nn
 import analogfx
 from analogfx import analogize, export_onnx, load_onnx_sites
 from analogfx.errors import OnnxError
+from analogfx.modules.program import explicit_level
 from analogfx.onnx import operators, runtimes, storage, verify
-from analogfx.program import explicit_level
 
 
 def run(path, *inputs):

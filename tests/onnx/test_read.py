@@ -16,7 +16,7 @@ from torch import nn
 
 from analogfx import export_onnx, load_onnx_sites
 from analogfx.errors import OnnxError
-from analogfx.module import sites as analog_sites
+from analogfx.modules.sites import sites
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_sites_come_back_as_they_were(exported):
     analog, path = exported
     found = load_onnx_sites(path)
     assert found.level == "fused"
-    for site, (name, module, own) in zip(found.sites, analog_sites(analog), strict=True):
+    for site, (name, module, own) in zip(found.sites, sites(analog), strict=True):
         assert site.name == name
         assert site.weight_shape == tuple(module.weight.shape)
         assert site.tile_grid == (len(own.in_sizes), len(own.out_sizes))

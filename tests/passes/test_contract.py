@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from samples import captured, product, targets
 
 from analogfx.passes import contract
-from analogfx.passes.contract import StateNames, split_sizes, state_names
+from analogfx.passes.contract import split_sizes
 from analogfx.passes.stationary import propagate_stationary, weight_value
+from analogfx.state import StateNames, state_names
 
 
 @pytest.mark.parametrize(

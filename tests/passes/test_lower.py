@@ -22,9 +22,9 @@ from samples import (
 
 import analogfx
 from analogfx.kernels import patches
+from analogfx.modules.program import explicit_level
 from analogfx.passes import pipeline
 from analogfx.passes.lower import lower
-from analogfx.program import explicit_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

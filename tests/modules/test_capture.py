@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from samples import captured, product, run, targets
 from torch import nn
 
-from analogfx.capture import (
+from analogfx.errors import CaptureError
+from analogfx.modules.capture import (
     bind,
     capture,
     default_pattern,
@@ -14,7 +15,6 @@ from analogfx.capture import (
     pattern_of,
     takes_constants,
 )
-from analogfx.errors import CaptureError
 from analogfx.passes.stationary import weight_value
 
 X = torch.randn(3, 6, dtype=torch.float64)

@@ -19,8 +19,10 @@ from torch import nn
 
 import analogfx
 from analogfx.errors import CaptureError
-from analogfx.module import AnalogModule, analog_class, row_maxima, sites, unwrapped
-from analogfx.program import explicit_level
+from analogfx.modules.analog_module import AnalogModule, analog_class
+from analogfx.modules.program import explicit_level
+from analogfx.modules.remember import row_maxima
+from analogfx.modules.sites import sites, unwrapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

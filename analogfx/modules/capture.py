@@ -11,6 +11,8 @@ import dis
 import inspect
 import itertools
 import linecache
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
@@ -19,9 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node, Tracer
+from torch.fx._symbolic_trace import (
+    _autowrap_check,
+    _constant_attribute_types,
+    _new_patcher,
+    _patch_wrapped_functions,
+)
 from torch.fx.proxy import ParameterProxy, Proxy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from analogfx.errors import CaptureError
+from analogfx.modules.stand_in import StandIn
 from analogfx.passes.stationary import mark_stationary
 
 Pattern = tuple[tuple[str, Any], ...]
@@ -120,14 +130,52 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(forward).parameters.values())[1:]
 
 
+TRACING = threading.RLock()
+"""Held while a forward is traced: torch.fx keeps what it traces in globals of the process."""
+
+
 class _OwnForward(Tracer):
-    """Traces one module's code and leaves every child a call."""
+    """Traces one module's code and leaves every child a call.
+
+    Not by ``Tracer.trace``, which patches ``nn.Module`` for every thread of the process and says
+    in a global that tracing is on.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(param_shapes_constant=True)
-        if hasattr(type(module), "digital_forward"):
-            self.traced_func_name = "digital_forward"
         self.modes = _modes()
+        self.cache: dict[str, Any] = {}
+        self.stand_in = StandIn(
+            module,
+            lambda name, value: self.getattr(name, value, self.cache),
+            lambda child, args, kwargs: self.call_module(child, child.forward, args, kwargs),
+        )
+
+    def run(self, forward: FunctionType, training: bool, pattern: Pattern) -> Graph:
+        """Run a forward on proxies, and take down what it does."""
+        self.root = root = self.stand_in.module
+        root.training = training
+        self.root_module_name = root._get_name()
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.tensor_attrs = {
+            value: ".".join(filter(None, (path, name)))
+            for path, module in root.named_modules()
+            for name, value in module.__dict__.items()
+            if isinstance(value, _constant_attribute_types)
+        }
+        self.graph = Graph(tracer_cls=type(self))
+        names = forward.__globals__
+        function, args = self.create_args_for_root(forward, True, dict(pattern))
+        before = dict(root.__dict__)
+        with _NoDraws(), _new_patcher() as patcher:
+            _patch_wrapped_functions(patcher)
+            for searched in (names, *(m.__dict__ for m in self._autowrap_search)):
+                _autowrap_check(patcher, searched, self._autowrap_function_ids)
+            self.create_node("output", "output", (self.create_arg(function(*args)),), {})
+        _check_pure(before, root.__dict__)
+        if changed := self.stand_in.changed():
+            raise CaptureError(f"forward changes what self.{changed} holds")
+        return self.graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -148,6 +196,15 @@ class _OwnForward(Tracer):
         if _modes() != self.modes:
             raise RuntimeError("it switches gradients or autocast on or off")
         return super().create_node(*args, **kwargs)
+
+
+class _NoDraws(TorchDispatchMode):
+    """Refuses random numbers before they are drawn, so that no generator advances."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CaptureError("forward draws random numbers that are no function of its input")
+        return func(*args, **(kwargs or {}))
 
 
 class _BufferProxy(ParameterProxy):
@@ -185,41 +242,32 @@ def capture(module: nn.Module, training: bool, pattern: Pattern) -> Graph:
     kinds = {p.kind for p in _parameters(module)}
     if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         raise CaptureError("forward takes *args or **kwargs")
-    before, random = dict(module.__dict__), torch.get_rng_state()
-    module.training = training
-    try:
-        with torch.enable_grad():
-            graph = _OwnForward(module).trace(module, concrete_args=dict(pattern))
-        _check_pure(before, module.__dict__, random)
-    except CaptureError:
-        raise
-    except Exception as error:  # any code may fail in any way on a proxy
-        raise CaptureError(f"forward cannot be traced ({_line(error)})") from error
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(before)
-        torch.set_rng_state(random)
-    _restore_names(graph, [p.name for p in _parameters(module)])
-    for node in graph.nodes:
-        _mark(module, node)
+    with TRACING:
+        try:
+            with torch.enable_grad():
+                graph = _OwnForward(module).run(forward_of(module), training, pattern)
+        except CaptureError:
+            raise
+        except Exception as error:  # any code may fail in any way on a proxy
+            raise CaptureError(f"forward cannot be traced ({_line(error)})") from error
+        _restore_names(graph, [p.name for p in _parameters(module)])
+        for node in graph.nodes:
+            _mark(module, node)
     return graph
 
 
-def _check_pure(before: dict[str, Any], after: dict[str, Any], random: Tensor) -> None:
-    """Refuse a forward that did something which its graph does not do.
+def _check_pure(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Refuse a forward that assigned to attributes, which its graph does not do.
 
     Args:
         before, after: the module's attributes.
-        random: state of torch's generator before.
     """
     nothing = object()
-    written = [k for k, v in after.items() if v is not before.get(k, nothing) and k != "training"]
+    written = [k for k, v in after.items() if v is not before.get(k, nothing)]
     if any(name.startswith("_tensor_constant") for name in written):
         raise CaptureError("forward makes a tensor that is no function of its input")
     if written:
         raise CaptureError(f"forward assigns to self.{written[0]}")
-    if not torch.equal(random, torch.get_rng_state()):
-        raise CaptureError("forward draws random numbers that are no function of its input")
 
 
 def _restore_names(graph: Graph, names: list[str]) -> None:
@@ -270,10 +318,13 @@ def bind(graph: Graph) -> Callable[..., Any]:
     """A graph's code as a function whose first argument is the module."""
     code = graph.python_code("self")
     name = f"<analogfx graph {next(_numbers)}>"
-    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
     names: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, name, "exec", dont_inherit=True), names)
-    return names["forward"]
+    forward: Callable[..., Any] = names.pop("forward")
+    # For tracebacks, as long as there is something to trace back to.
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
+    weakref.finalize(forward, linecache.cache.pop, name, None).atexit = False
+    return forward
 
 
 def source(graph: Graph) -> str:

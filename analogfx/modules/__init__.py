@@ -1,0 +1,1 @@
+"""Modules that run rewritten graphs: captured, planned, swapped and followed."""

@@ -1,0 +1,159 @@
+"""A module whose class is swapped for a subclass of its own that runs a rewritten graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analogfx.errors import CaptureError
+from analogfx.kernels import changes
+from analogfx.modules.placement import Placement
+from analogfx.modules.remember import clip_names, reset_state
+from analogfx.state import as_state
+
+_ABSENT = object()
+
+
+class AnalogModule(nn.Module):
+    """Mixin in front of a module's own class; never made by itself."""
+
+    _analog: Placement
+    digital_class: type[nn.Module]
+
+    def extra_repr(self) -> str:
+        """The class's own text and the tile grid."""
+        grids = [f"{len(s.in_sizes)}x{len(s.out_sizes)}" for s in self._analog.sites]
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}tiles={', '.join(grids)}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        placement = self.__dict__.get("_analog")
+        before: Any = self.__dict__.get(name, _ABSENT)
+        super().__setattr__(name, value)
+        # What a forward reads of its module is part of its graphs.
+        plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")
+        if placement is not None and plain and name not in ("training", "forward"):
+            try:
+                placement.change(self, placement.config)
+            except CaptureError:
+                if before is _ABSENT:
+                    super().__delattr__(name)
+                else:
+                    super().__setattr__(name, before)
+                raise
+
+    def train(self, mode: bool = True) -> AnalogModule:
+        """Set the mode; what is kept of the weights is computed anew in the next inference."""
+        changes.written(self.parameters())
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogModule:
+        # Ranges, their statistics and learned clips stay in single precision in a half model.
+        placement = self._analog
+        state = [t for n in placement.state_names() if (t := getattr(self, n, None)) is not None]
+        ours = {id(t) for t in state} | {id(t.grad) for t in state if t.grad is not None}
+        were_meta = any(t.is_meta for t in state)
+
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            if id(t) in ours and out.dtype in (torch.float16, torch.bfloat16):
+                return t.to(out.device, torch.float32)
+            return out
+
+        super()._apply(keep_precision, recurse)
+        if were_meta and not any(getattr(self, n).is_meta for n in self._kept()):
+            self._reset()
+            # Weights that have no values yet get them from whoever fills them, before a forward.
+            placement.unset |= clip_names(placement.sites, placement.resolved)
+        return self
+
+    def _kept(self) -> list[str]:
+        return [n for n in self._analog.state_names() if getattr(self, n, None) is not None]
+
+    def _reset(self, only: set[str] | None = None) -> None:
+        """Give the state its initial values, that of some names or all."""
+        placement = self._analog
+        reset_state(self, placement.sites, placement.resolved, only)
+        placement.unset -= placement.unset if only is None else only
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A digital checkpoint has no analog state: ranges stay what they are, and learned clips
+        # start from the weights that are loaded.
+        placement = self._analog
+        fresh = set()
+        clips = clip_names(placement.sites, placement.resolved)
+        device = next((v.device for k, v in state_dict.items() if k.startswith(prefix)), "cpu")
+        for name in self._kept():
+            current = getattr(self, name)
+            key = prefix + name
+            if key in state_dict:
+                state_dict[key] = as_state(state_dict[key], current)
+                continue
+            if current.is_meta or name in clips:
+                fresh.add(name)
+            state_dict[key] = (
+                torch.empty_like(current, device=device) if current.is_meta else current
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.__dict__["_analog_fresh"] = fresh
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        return (_blank, (self.digital_class,), *made[2:])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self._analog.programs:
+            self._analog.prepare(self)
+
+
+def finish_load(module: nn.Module, _: Any) -> None:
+    """Give what a state dict lacked its initial values, now that the children are loaded, too."""
+    fresh = module.__dict__.pop("_analog_fresh", set())
+    if isinstance(module, AnalogModule):
+        module._reset(fresh)
+        module._analog.unset.clear()
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    """An analog module without contents, for unpickling."""
+    cls = analog_class(base)
+    return cls.__new__(cls)
+
+
+def analog_class(base: Any) -> type[AnalogModule]:
+    """The subclass of a module's class that runs the module's analog programs."""
+    for known in type.__subclasses__(base):
+        if known.__dict__.get("digital_class") is base:
+            return known
+
+    @functools.wraps(base.forward)
+    def forward(self: AnalogModule, *args: Any, **kwargs: Any) -> Any:
+        placement = self.__dict__.get("_analog")
+        if placement is None:  # a hook kept this forward of a module that is digital again
+            return base.forward(self, *args, **kwargs)
+        return placement.forward(self, args, kwargs)
+
+    members = {
+        "forward": forward,
+        "digital_forward": base.forward,
+        "digital_class": base,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    if hasattr(base, "reset_parameters"):
+
+        @functools.wraps(base.reset_parameters)
+        def reset_parameters(self: AnalogModule, *args: Any, **kwargs: Any) -> None:
+            base.reset_parameters(self, *args, **kwargs)
+            self._reset()
+
+        members["reset_parameters"] = reset_parameters
+    return type(f"Analog{base.__name__}", (AnalogModule, base), members)

@@ -1,0 +1,262 @@
+"""What makes a module analog: its config, its sites, and the program that a call runs."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from analogfx import held
+from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
+from analogfx.kernels import dispatch
+from analogfx.modules import program as programs
+from analogfx.modules.capture import (
+    TRACING,
+    Pattern,
+    default_pattern,
+    pattern_of,
+    takes_constants,
+)
+from analogfx.modules.program import AnalogSite, Program, build, check_same_sites, other_sites
+from analogfx.modules.remember import fit_state, reset_state
+from analogfx.ops.transforms import in_transform
+from analogfx.passes.contract import Decision
+
+_placements = itertools.count()
+
+_MANY = 32
+"""Programs of one module that are probably one for every value of something."""
+_KEPT = 256
+"""Programs of one module that are kept; those built first go first."""
+
+
+def _key(pattern: Pattern) -> tuple[Any, ...]:
+    """A pattern as a key that tells 1 from True and 1.0."""
+    return tuple((name, type(value), value) for name, value in pattern)
+
+
+def _inside(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path, or an empty one where it was taken away."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return nn.Module()
+
+
+class Placement:
+    """A module's config, sites and programs, which follow what is done to the module."""
+
+    def __init__(self, name: str, config: TorchInferenceRPUConfig) -> None:
+        """A placement without programs; see :meth:`prepare`."""
+        self.name = name
+        """The module's path, for messages."""
+        self.config = config
+        self.resolved = resolve(config)
+        self.number = next(_placements)
+        """What a chip knows the module by: another for a copy."""
+        self.programs: dict[tuple[bool, Any], Program] = {}
+        self.takes_constants = False
+        self.unset: set[str] = set()
+        """State that takes its initial value from weights that were not there yet."""
+        self._readers: tuple[str, ...] = ()
+        self._read: list[Any] = []
+
+    @property
+    def sites(self) -> tuple[AnalogSite, ...]:
+        """The module's analog products."""
+        return next(iter(self.programs.values())).sites
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was decided about every product of the module."""
+        return next(iter(self.programs.values())).decisions
+
+    def computed_by(self, module: nn.Module) -> list[str]:
+        """What computes each site's products in the module's mode: a kernel, or torch and why."""
+        found = (p for (training, _), p in self.programs.items() if training == module.training)
+        return [
+            "torch: its chain of ops is not one that lower knows"
+            if lowered is None
+            else dispatch.chosen(site.weight(module), lowered.spec, lowered.is_conv)
+            for program in itertools.islice(found, 1)
+            for site, lowered in zip(program.sites, program.lowered, strict=True)
+        ]
+
+    def state_names(self) -> list[str]:
+        """Names of everything that the sites may have registered on the module."""
+        return [name for site in self.sites for name in site.state.all()]
+
+    # ------------------------------------------------------------------- how programs come to be
+
+    def prepare(self, module: nn.Module) -> None:
+        """Build the programs of both modes for a call with the required arguments."""
+        train, evaluate = self._built(module, self.resolved)
+        self.adopt(module, train, evaluate)
+
+    def adopt(self, module: nn.Module, train: Program, evaluate: Program) -> None:
+        """Take the programs that were built for the module, or for one that looks alike."""
+        self.takes_constants = takes_constants(module)
+        pattern = _key(default_pattern(module))
+        self.programs = {(True, pattern): train, (False, pattern): evaluate}
+        self._readers = tuple(dict.fromkeys(train.readers + evaluate.readers))
+        self.watch(module)
+
+    def _built(self, module: nn.Module, config: Resolved) -> tuple[Program, Program]:
+        pattern = default_pattern(module)
+        train, evaluate = (build(module, config, mode, pattern) for mode in (True, False))
+        check_same_sites(train, evaluate)
+        return train, evaluate
+
+    def change(self, module: nn.Module, config: TorchInferenceRPUConfig) -> None:
+        """Another config, or other attributes, for a module that is analog already.
+
+        Raises:
+            CaptureError: its forward would multiply by other parameters; nothing is changed.
+        """
+        with TRACING:
+            resolved = resolve(config)
+            train, evaluate = self._built(module, resolved)
+            before = self.sites
+            if [(s.name, s.state) for s in before] != [(s.name, s.state) for s in train.sites]:
+                raise other_sites(before, train.sites)
+            self.config, self.resolved = config, resolved
+            self._take(module, train, evaluate)
+
+    def watch(self, module: nn.Module) -> None:
+        """Take the module's parameters, state included, for those that its programs are for."""
+        self._read = self._reading(module)
+
+    @_disable_dynamo
+    def follow(self, module: nn.Module) -> None:
+        """Take up what was done to the module's parameters since its programs were built.
+
+        A bias that came or went, a weight of another shape, a parametrization: the programs are
+        built for the module as it is. State that no longer fits starts anew.
+
+        Raises:
+            CaptureError: the forward has other products now, for which there are no ranges.
+        """
+        with TRACING:
+            read = self._reading(module)
+            if read != self._read:
+                if self._moved_only(module, read):
+                    self._read = read
+                else:
+                    self._take(module, *self._built(module, self.resolved))
+            if self.unset:
+                unset, self.unset = self.unset, set()
+                reset_state(module, self.sites, self.resolved, unset)
+
+    def _take(self, module: nn.Module, train: Program, evaluate: Program) -> None:
+        before = self.sites
+        if len(before) != len(train.sites):
+            raise other_sites(before, train.sites)
+        sizes = [[(s.state, s.in_sizes, s.out_sizes) for s in ss] for ss in (before, train.sites)]
+        if sizes[0] != sizes[1]:
+            fit_state(module, before, train.sites, self.resolved)
+        self.adopt(module, train, evaluate)
+
+    def _reading(self, module: nn.Module) -> list[Any]:
+        """Names and shapes of the parameters that the forward may read, the absent ones too."""
+        return [
+            (name, p if p is None else p.shape)
+            for path in self._readers
+            for name, p in (_inside(module, path) if path else module)._parameters.items()
+        ]
+
+    def _moved_only(self, module: nn.Module, read: list[Any]) -> bool:
+        """Whether what is missing are parameters that became plain tensors of the same shape.
+
+        So do data-parallel wrappers for the time of a forward.
+        """
+        missing = [item for item in self._read if item not in read]
+        plain = module.__dict__
+        return bool(missing) and all(
+            isinstance(tensor := plain.get(name), Tensor) and tensor.shape == shape
+            for name, shape in missing
+        )
+
+    def program(self, module: nn.Module, training: bool, pattern: Pattern) -> Program:
+        """The program for a mode and for the constants of a call, built on its first use.
+
+        Raises:
+            CaptureError: a call with these constants cannot be traced, or multiplies by other
+                parameters than the calls before it, for which there are no ranges.
+        """
+        key = training, _key(pattern)
+        found = self.programs.get(key)
+        return self._first_use(module, key, pattern) if found is None else found
+
+    def _first_use(
+        self, module: nn.Module, key: tuple[bool, tuple[Any, ...]], pattern: Pattern
+    ) -> Program:
+        with TRACING:  # another thread may be at it
+            if key in self.programs:
+                return self.programs[key]
+            made = build(module, self.resolved, key[0], pattern)
+            check_same_sites(next(iter(self.programs.values())), made)
+            self.programs = dict(itertools.islice(self.programs.items(), 2)) | dict(
+                itertools.islice(self.programs.items(), max(2, len(self.programs) - _KEPT), None)
+            )
+            self.programs[key] = made
+        if len(self.programs) == _MANY:
+            warnings.warn(
+                f"{self.name or type(module).__name__}: traced for {_MANY} combinations of "
+                "mode and constant arguments; pass what varies as a tensor",
+                stacklevel=6,
+            )
+        return made
+
+    # ------------------------------------------------------------------------------------- a call
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's graph for its mode.
+
+        Raises:
+            RuntimeError: under ``torch.func``, which cannot store what ranges learn from the data.
+        """
+        training = module.training
+        if training and self.resolved.has_state and in_transform():
+            raise RuntimeError(
+                f"{self.name or type(module).__name__}: in training its input range follows the "
+                "data, which torch.func and torch.vmap cannot store: call eval(), or use "
+                "backward() or torch.autograd.grad() instead"
+            )
+        if self.unset or self._reading(module) != self._read:
+            self.follow(module)
+        pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
+        program = self.program(module, training, pattern)
+        holdings = held.of(self.number)
+        if holdings is not None:
+            return self._on_chip(module, program, holdings, args, kwargs)
+        run = program.explicit if programs._explicit else program.fused
+        return run(module, *args, **kwargs)
+
+    def _on_chip(
+        self, module: nn.Module, program: Program, holdings: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Run the module on what a chip holds."""
+        if module.training:
+            raise RuntimeError(
+                f"{self.name or type(module).__name__}: a programmed chip does not train: call "
+                "eval(), or leave device.at()"
+            )
+        assert program.held is not None  # or the device would not have been made
+        return program.held(module, holdings, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
+        """A copy with its own config; programs never change and stay shared."""
+        twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
+        own = {"programs": dict(self.programs), "unset": set(self.unset)} | {"number": twin.number}
+        twin.__dict__.update(self.__dict__ | {"config": twin.config} | own)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the programs, which are built again after unpickling."""
+        return self.__dict__ | {"config": self.config.to_dict(), "programs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, config=TorchInferenceRPUConfig.from_dict(state["config"]))

@@ -1,0 +1,191 @@
+"""What the passes make of a module's forward."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from analogfx.config import Resolved
+from analogfx.errors import CaptureError
+from analogfx.kernels.spec import MVMSpec
+from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
+from analogfx.passes import pipeline
+from analogfx.passes.contract import Context, Decision, Site
+from analogfx.passes.hold import hold
+from analogfx.passes.sites import fused_sites
+from analogfx.passes.stationary import without_cast
+from analogfx.state import StateNames
+
+_explicit = False
+"""Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
+
+
+class explicit_level:
+    """Context in which analog modules run one node for every role, for whoever reads graphs."""
+
+    def __enter__(self) -> None:
+        global _explicit
+        self.before, _explicit = _explicit, True
+
+    def __exit__(self, *_: object) -> None:
+        global _explicit
+        _explicit = self.before
+
+
+@dataclass(frozen=True)
+class AnalogSite:
+    """One analog product of a module."""
+
+    name: str
+    """The parameter it multiplies by."""
+    in_sizes: tuple[int, ...]
+    out_sizes: tuple[int, ...]
+    groups: int
+    state: StateNames
+    rearranged: bool
+    """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
+    weight: Callable[[nn.Module], Tensor]
+    """Gives the product's weight for a module: (O, I), or torch's layout of a convolution."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the passes made of one forward, shared by all modules that look alike."""
+
+    explicit: Callable[..., Any]
+    fused: Callable[..., Any]
+    decisions: tuple[Decision, ...]
+    sites: tuple[AnalogSite, ...]
+    lowered: tuple[Lowered | None, ...]
+    """What every site was lowered to; None for a chain that stayed explicit."""
+    readers: tuple[str, ...]
+    """Paths of the modules whose parameters the forward reads, from the module; it comes first."""
+    held: Callable[..., Any] | None = None
+    """The fused forward on what a chip holds, as its second argument; None in training."""
+
+
+class _ModuleContext(Context):
+    """Answers for a graph that runs with the module itself as ``self``."""
+
+    def path(self, graph: Graph, site: Site) -> Node:
+        """Read from the placement: modules of other paths share the graph."""
+        return graph.create_node("get_attr", "_analog.name")
+
+
+class Lowered(NamedTuple):
+    """The fused op of one site."""
+
+    spec: MVMSpec
+    is_conv: bool
+
+
+def build(
+    module: nn.Module,
+    config: Resolved | None,
+    training: bool,
+    pattern: Pattern,
+    debug_dir: Path | None = None,
+) -> Program:
+    """Capture a module's forward and run the passes over it.
+
+    Args:
+        config: scalars of the module's sites; None leaves its products digital.
+        debug_dir: where to write the graph after every pass.
+
+    Raises:
+        CaptureError: the forward cannot be traced.
+    """
+    with TRACING:
+        return _build(module, config, training, pattern, debug_dir)
+
+
+def _build(
+    module: nn.Module,
+    config: Resolved | None,
+    training: bool,
+    pattern: Pattern,
+    debug_dir: Path | None,
+) -> Program:
+    graph = capture(module, training, pattern)
+    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
+    readers = tuple({"": True} | read)
+    context = _ModuleContext(config, training)
+    after = None
+    if debug_dir is not None:
+        after = functools.partial(_write, debug_dir, itertools.count(1))
+        _write(debug_dir, itertools.count(), "capture", graph, 0)
+    pipeline.run(pipeline.EXPLICIT, graph, context, after)
+    sites = tuple(_analog_site(site) for site in context.sites)
+    explicit = bind(graph)
+    pipeline.run(pipeline.FUSED, graph, context, after)
+    fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
+    lowered = tuple(fused.get(site.index) for site in context.sites)
+    decisions = tuple(pipeline.decisions(graph))
+    run, held = bind(graph), None
+    if not training and sites and None not in lowered:
+        pipeline.run((hold,), graph, context)
+        held = bind(graph)
+    return Program(explicit, run, decisions, sites, lowered, readers, held)
+
+
+def check_same_sites(first: Program, second: Program) -> None:
+    """Refuse programs of one module whose sites are not the same.
+
+    Raises:
+        CaptureError: naming the parameters of both.
+    """
+    if _identity(first) != _identity(second):
+        raise other_sites(first.sites, second.sites)
+
+
+def other_sites(first: Sequence[AnalogSite], second: Sequence[AnalogSite]) -> CaptureError:
+    """The error for a module whose products are now these, now those."""
+    names = [sorted(s.name for s in sites) for sites in (first, second)]
+    return CaptureError(
+        f"the forward multiplies by {names[0]} or by {names[1]}, as its mode, arguments or "
+        "attributes say"
+    )
+
+
+def _identity(program: Program) -> list[tuple[Any, ...]]:
+    return [(s.name, s.state, s.in_sizes, s.out_sizes, s.groups) for s in program.sites]
+
+
+def _write(folder: Path, numbers: Iterator[int], name: str, graph: Graph, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"# after {name}: {count} changed\n{source(graph)}"
+    (folder / f"{next(numbers):02d}_{name}.py").write_text(text)
+
+
+def _analog_site(site: Site) -> AnalogSite:
+    return AnalogSite(
+        site.decision.name,
+        site.in_sizes,
+        site.out_sizes,
+        site.groups,
+        site.state,
+        site.rearranged,
+        _weight_function(site.weight),
+    )
+
+
+def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
+    """The part of a graph that computes a weight from the module's parameters."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node) -> Node:
+        node = without_cast(node)
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy)
+        return copies[node]
+
+    graph.output(copy(weight))
+    return bind(graph)

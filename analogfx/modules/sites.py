@@ -1,0 +1,45 @@
+"""Finding the analog sites of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.program import AnalogSite
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:
+    """Every analog site of a model as it is now, as (module path, module, site)."""
+    for path, module in model.named_modules():
+        if isinstance(module, AnalogModule):
+            module._analog.follow(module)
+            for site in module._analog.sites:
+                yield path, module, site
+
+
+def required_sites(model: nn.Module) -> list[tuple[str, AnalogModule, AnalogSite]]:
+    """Every analog site of a model, of which there must be some.
+
+    Raises:
+        TypeError: the model has none, or is no module.
+    """
+    found = list(sites(model)) if isinstance(model, nn.Module) else []
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} has no analog layer: pass what analogize() or load() returned"
+        )
+    return found
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what ``torch.compile`` and data-parallel wrappers made of it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model

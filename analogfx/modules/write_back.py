@@ -1,0 +1,57 @@
+"""Writing a site's weight back to the parameter that it is a rearrangement of."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analogfx.errors import CaptureError
+from analogfx.modules.program import AnalogSite
+
+
+def is_view(weight: Tensor, module: nn.Module, site: AnalogSite) -> bool:
+    """Whether writing to a weight writes to the parameter that it is computed from."""
+    parameter = parameter_of(module, site)
+    return weight.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+
+
+def parameter_of(module: nn.Module, site: AnalogSite) -> nn.Parameter:
+    """The parameter whose elements a site's weight rearranges.
+
+    Raises:
+        CaptureError: the weight is computed from its parameter, so it cannot be written back.
+    """
+    if not site.rearranged:
+        raise CaptureError(
+            f"{type(module).__name__}: the weight is computed from "
+            f"{site.name}, so nothing can be written back to it"
+        )
+    return module.get_parameter(site.name)
+
+
+def store_weight(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
+    """Write a weight, (O, I), back to the parameter that it is a rearrangement of.
+
+    Raises:
+        CaptureError: it is no rearrangement of one.
+    """
+    weight = site.weight(module)
+    if is_view(weight, module, site):
+        weight.copy_(matrix.view(weight.shape))
+        return
+    # On the way from the parameter to the weight its elements are copied: follow their indices.
+    parameter = parameter_of(module, site)
+    index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    origin = site.weight(_stand_in(site.name, index))
+    values = matrix.flatten().to(weight.dtype)
+    parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
+
+
+def _stand_in(path: str, value: Any) -> Any:
+    """An object that has one attribute, at a path."""
+    for name in reversed(path.split(".")):
+        value = SimpleNamespace(**{name: value})
+    return value

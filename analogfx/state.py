@@ -1,0 +1,133 @@
+"""What a site remembers between calls: the one table that all who keep or read such state use.
+
+Modules register it, the compiler's backend keeps it beside a model, checkpoints and exporters
+read it under these names, which are Lightning's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analogfx.config import Resolved
+from analogfx.kernels import reference as ref
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One tensor of a site's state."""
+
+    name: str
+    """Lightning's name of it, and ours."""
+    kept: Callable[[Resolved], bool]
+    """Whether a site of a config has it."""
+    initial: Callable[[Resolved], float] | None
+    """The value before any data was seen; None for the largest weight of each row of a tile."""
+    trained: Callable[[Resolved], bool] | None = None
+    """Whether it asks for gradients; None for a buffer, which never does."""
+    per_output: bool = False
+    """Of shape (tiles, outputs); else (tiles,), where tiles are those along the inputs."""
+    counts: bool = False
+    """Of dtype int64; else float64 for a weight in float64 and float32 for all others."""
+    across_ranks: str = "mean"
+    """What makes one value of those that data-parallel ranks saw: "mean", "min" or "max"."""
+
+    def shape(self, tiles: int, outputs: int) -> tuple[int, ...]:
+        """Its shape for a number of tiles along the inputs and a number of outputs."""
+        return (tiles, outputs) if self.per_output else (tiles,)
+
+    def dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Its dtype beside a weight of some dtype."""
+        return torch.int64 if self.counts else precision(weight)
+
+
+def precision(weight: torch.dtype) -> torch.dtype:
+    """The dtype of ranges and clips beside a weight: never less than float32."""
+    return torch.float64 if weight == torch.float64 else torch.float32
+
+
+def _has_ranges(config: Resolved) -> bool:
+    return config.has_state
+
+
+def _learns_range(config: Resolved) -> bool:
+    return config.learn_range
+
+
+def _learns_clip(config: Resolved) -> bool:
+    return config.learnable_clip
+
+
+def _first_range(config: Resolved) -> float:
+    return config.init_value
+
+
+INPUT_RANGE = Variable("input_range", _has_ranges, _first_range, _learns_range)
+COUNT = Variable(
+    "input_range_update_idx", _has_ranges, lambda _: 0, counts=True, across_ranks="max"
+)
+X_MIN = Variable("x_min", _has_ranges, lambda _: -ref.UNTOUCHED, across_ranks="min")
+X_MAX = Variable("x_max", _has_ranges, lambda _: ref.UNTOUCHED, across_ranks="max")
+CLIP = Variable("learnable_weight_clip", _learns_clip, None, lambda _: True, per_output=True)
+
+RANGES = (INPUT_RANGE, COUNT, X_MIN, X_MAX)
+"""Ranges and the statistics that set them, in the order in which ``update_range`` takes them."""
+VARIABLES = (*RANGES, CLIP)
+"""Everything that a site may remember, in the order of registration."""
+
+
+@dataclass(frozen=True)
+class StateNames:
+    """Attributes of the module that hold a site's state."""
+
+    prefix: str = ""
+    """What tells the site from others of its module."""
+
+    def of(self, variable: Variable) -> str:
+        """The name of one variable."""
+        return self.prefix + variable.name
+
+    @property
+    def input_range(self) -> str:  # noqa: D102
+        return self.of(INPUT_RANGE)
+
+    @property
+    def clip(self) -> str:  # noqa: D102
+        return self.of(CLIP)
+
+    def ranges(self) -> tuple[str, ...]:
+        """The names of ranges and their statistics, in the order of ``update_range``."""
+        return tuple(map(self.of, RANGES))
+
+    def all(self) -> tuple[str, ...]:
+        """Every attribute name, in the order of registration."""
+        return tuple(map(self.of, VARIABLES))
+
+
+def state_names(parameters: Sequence[str]) -> list[StateNames]:
+    """Lightning's names for the only site of a module; several are told apart by their weight."""
+    if len(parameters) == 1:
+        return [StateNames()]
+    names: list[StateNames] = []
+    for parameter in parameters:
+        stem, number = parameter.replace(".", "_") + "_", 1
+        while StateNames(stem) in names:
+            number += 1
+            stem = f"{parameter.replace('.', '_')}_{number}_"
+        names.append(StateNames(stem))
+    return names
+
+
+_CLOSED = float(1 << 31)
+"""More batches than any: a calibrated range is not learned from data again."""
+
+
+def as_state(value: Tensor, current: Any) -> Tensor:
+    """A loaded value in the state's own dtype; the reference counts in floats, up to -inf."""
+    if not current.is_floating_point() and value.is_floating_point():
+        value = torch.nan_to_num(value.float(), nan=_CLOSED, posinf=_CLOSED, neginf=_CLOSED)
+    return value.to(current.dtype)
