@@ -286,11 +286,11 @@ def doubts(config: TorchInferenceRPUConfig) -> list[str]:
     8, 10 and 12 are usual widths of converters in bits, and no number of steps that one has.
     """
     found = []
-    for section, name in (("forward", "inp_res"), ("forward", "out_res"), ("modifier", "res")):
-        value = getattr(getattr(config, section), name)
+    for name in ("inp_res", "out_res"):
+        value = getattr(config.forward, name)
         if value in (8, 10, 12):
             found.append(
-                f"{section}.{name} = {value:g} is a quantizer of {value:g} steps; "
+                f"forward.{name} = {value:g} is a quantizer of {value:g} steps; "
                 f"for {value:g} bits set analogfx.bits({value:g}), that is {bits(int(value))}"
             )
     return found

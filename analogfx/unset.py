@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from analogfx.modules.plan import site_name
 from analogfx.modules.sites import sites
-from analogfx.report import site_name
+from analogfx.state import COUNT
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def unset_ranges(analog: nn.Module) -> list[UnsetRange]:
     """
     found = []
     for path, module, site in sites(analog):
-        count = getattr(module, site.state.count, None)
+        count = getattr(module, site.state.of(COUNT), None)
         wanted = module._analog.resolved.init_from_data
         if count is None or count.is_meta or (seen := int(count.min())) >= wanted:
             continue

@@ -582,11 +582,14 @@ class TestBits:
         with pytest.raises(TypeError):
             analogfx.bits(width)
 
-    @pytest.mark.parametrize("path", ["forward__inp_res", "forward__out_res", "modifier__res"])
+    @pytest.mark.parametrize("path", ["forward__inp_res", "forward__out_res"])
     def test_a_resolution_that_looks_like_bits_is_doubted(self, path):
         (sentence,) = own.doubts(make(**{path: 8}))
         assert path.replace("__", ".") in sentence and "analogfx.bits(8), that is 254" in sentence
 
     @pytest.mark.parametrize("value", [-1, 0, 0.125, 2, 3, 4, 6, 7, 14, 15, 16, 62, 254, 255, 256])
     def test_other_resolutions_are_not(self, value):
-        assert own.doubts(make(forward__inp_res=value, modifier__res=value)) == []
+        assert own.doubts(make(forward__inp_res=value)) == []
+
+    def test_eight_weight_states_are_usual(self):
+        assert own.doubts(make(modifier__res=8)) == []

@@ -21,7 +21,9 @@ NAMES = sorted(
     if name.startswith("analogfx::")
 )
 RANDOM = {"draw_seed"}
-ONCE_DIFFERENTIABLE = {"analog_linear_backward", "analog_conv_backward"}
+ONCE_DIFFERENTIABLE = {
+    "analog_linear_backward", "analog_conv_backward", "held_linear", "held_conv",
+}  # fmt: skip
 
 
 def is_ours(function):
@@ -96,6 +98,18 @@ def calls(site, explicit, layout=LAYOUTS["as it is"], dtype=torch.float32):
     return above.calls + below.calls
 
 
+def calls_on_chip(layer):
+    """A site on a chip: what its op is called with."""
+    module, x = layer_and_input(layer, torch.float32)
+    analog = analogfx.analogize(module, EVERYTHING).eval()
+    chip = analogfx.program(
+        analog, analogfx.chip.PCMLikeNoiseModel(), analogfx.chip.GlobalDriftCompensation()
+    )
+    with chip.at(60.0), CallsOf() as above:
+        analog(x)
+    return above.calls
+
+
 def check(function, args, compiled=True):
     """torch's own checks of an op; ``compiled``, the slow one, runs it through AOT autograd."""
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
@@ -127,6 +141,9 @@ def recorded():
         for explicit in (True, False):
             for function, args in calls(site, explicit):
                 found[function._opname].setdefault(signature(args), (function, args))
+    for layer in ("linear", "linear of 3-D", "conv2d", "grouped"):
+        for function, args in calls_on_chip(layer):
+            found[function._opname].setdefault(signature(args), (function, args))
     return {name: list(by_signature.values()) for name, by_signature in found.items()}
 
 

@@ -25,6 +25,9 @@ from torch import nn
 import analogfx
 from analogfx.config import as_config
 
+# Configs are drawn: 8 steps are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:forward[.].*_res = .* is a quantizer of")
+
 EXAMPLES = 250
 """Configurations for each number of spatial axes."""
 FOREIGN_EXAMPLES = 60

@@ -33,6 +33,9 @@ from torch import nn
 import analogfx
 from analogfx.kernels import noise
 
+# Configs are drawn: 8 steps are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:forward[.].*_res = .* is a quantizer of")
+
 EXAMPLES = 450
 """Configurations for each of the four range modes."""
 

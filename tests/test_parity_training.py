@@ -18,6 +18,9 @@ from torch import nn
 
 import analogfx
 
+# Configs are drawn: 8 steps are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:forward[.].*_res = .* is a quantizer of")
+
 DTYPE = torch.float64
 
 

@@ -20,9 +20,10 @@ from analogfx.calibration.result import Calibration, SiteCalibration
 from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import CalibrationError
 from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.plan import site_name
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import required_sites, unwrapped
-from analogfx.report import site_name
+from analogfx.state import COUNT, X_MAX, X_MIN
 
 __all__ = ["METHODS", "Calibration", "SiteCalibration", "calibrate"]
 
@@ -230,13 +231,13 @@ def _set(module: AnalogModule, site: AnalogSite, ranges: Sequence[float]) -> Non
     state: Tensor = getattr(module, names.input_range)
     new = torch.tensor(ranges, dtype=state.dtype, device=state.device)
     known = new.isfinite() & (new > 0)
-    closed = getattr(module, names.count).clamp(min=module._analog.resolved.init_from_data)
+    closed = getattr(module, names.of(COUNT)).clamp(min=module._analog.resolved.init_from_data)
     # In fast mode the range is the larger of these two.
     for name, value in (
         (names.input_range, new),
-        (names.count, closed),
-        (names.x_min, -new),
-        (names.x_max, new),
+        (names.of(COUNT), closed),
+        (names.of(X_MIN), -new),
+        (names.of(X_MAX), new),
     ):
         state = getattr(module, name)
         state.copy_(torch.where(known, value, state))

@@ -31,7 +31,7 @@ class StandIn:
         self._read, self._call = read, call
         self._twins: dict[int, Any] = {}
         self._copied: list[tuple[str, Any, Any]] = []
-        self._classes: dict[type, type] = {}
+        self._classes: dict[type, Any] = {}
         modules = dict(module.named_modules())
         for inner in modules.values():
             cls = self._class(type(inner))
@@ -40,13 +40,13 @@ class StandIn:
             self._fill(inner, self._twins[id(inner)])
         self.module: nn.Module = self._twins[id(module)]
 
-    def _class(self, cls: type) -> type:
+    def _class(self, cls: type) -> Any:
         """A subclass that reads and calls as the tracer says; nothing of the class is patched."""
         if cls not in self._classes:
             read, call = self._read, self._call
 
             def __getattr__(self: Any, name: str) -> Any:
-                return read(name, super(made, self).__getattr__(name))  # type: ignore[misc]
+                return read(name, super(made, self).__getattr__(name))  # type: ignore[misc, arg-type]
 
             def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
                 return call(self, args, kwargs)

@@ -163,6 +163,7 @@ def test_the_first_draws_of_seeds_are_independent():
         ("conv2d", "everything", "qdq"),
     ],
 )
+@pytest.mark.filterwarnings('ignore:level="qdq", but no site')  # noise is drawn in floats
 def test_a_file_is_the_noiseless_one_without_its_draws(model, config, level, tmp_path):
     x = cases.example(model)
     tiles = samples.TILES if model == "linear" else {}
