@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,12 +36,20 @@ _all: list[Holdings] = [_nothing]
 _last: Holdings = _nothing
 
 
-def of(placement: int) -> tuple[Held, ...] | None:
+class Numbered(Protocol):
+    """A module's placement, as far as a chip knows it."""
+
+    number: int
+
+
+def of(placement: Numbered) -> tuple[Held, ...] | None:
     """What the sites of one module hold; None outside of every device of its model."""
     if torch.compiler.is_compiling():
-        return _last.get(placement)
+        # The number is not read where nothing is held: a compiler's graph that depends on it
+        # serves one module alone, and not all that look alike.
+        return _last.get(placement.number) if _last else None
     current: Holdings = getattr(_thread, "current", _nothing)
-    return current.get(placement)
+    return current.get(placement.number) if current else None
 
 
 def any_held() -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from analogfx.device import key, program
+from analogfx.unset import warn_unset
 
 TIMES = (1.0, 3600.0, 86400.0, 31_536_000.0)
 """A second, an hour, a day, a year."""
@@ -158,6 +159,7 @@ def evaluate(
         raise ValueError(f"times = {times}, chips = {chips}: expected one or more of each")
     if analog.training:
         raise ValueError(f"{type(analog).__name__} is in training mode: call eval() first")
+    warn_unset(analog, stacklevel=3)
     rows = []
     with torch.no_grad(), tqdm(total=chips * len(times), desc="chips", disable=not progress) as bar:
         exact = float(metric(analog))

@@ -42,6 +42,21 @@ def check_kernels() -> bool:
     return run(sys.executable, "tools/kernel_report.py", "--check")
 
 
+AIHWKIT = "aihwkit==1.1.0"
+"""What the tests of chips compare with."""
+
+
+def check_oracle() -> bool:
+    """AIHWKIT is there for the tests to compare with.
+
+    Without its dependencies: its torchvision is built for a CUDA torch and breaks transformers
+    beside a CPU torch, and no part of AIHWKIT that the tests use needs it.
+    """
+    if importlib.util.find_spec("aihwkit") is not None:
+        return True
+    return run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", AIHWKIT)
+
+
 def check_tests() -> bool:
     """The test suite, the README's code blocks included."""
     return run(sys.executable, "-m", "pytest")
@@ -53,6 +68,7 @@ CHECKS = {
     "types": check_types,
     "layers": check_layers,
     "kernels": check_kernels,
+    "oracle": check_oracle,
     "tests": check_tests,
 }
 

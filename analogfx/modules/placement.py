@@ -229,7 +229,7 @@ class Placement:
             self.follow(module)
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, training, pattern)
-        holdings = held.of(self.number)
+        holdings = held.of(self)
         if holdings is not None:
             return self._on_chip(module, program, holdings, args, kwargs)
         run = program.explicit if programs._explicit else program.fused

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import analogfx
 from analogfx.errors import OnnxError
+from analogfx.held import any_held
 from analogfx.kernels.patches import Window
 from analogfx.modules.sites import sites
 from analogfx.onnx import arguments, storage
@@ -60,6 +61,11 @@ def export(
 ) -> None:
     """See :func:`analogfx.export_onnx`."""
     _check_request(analog, kwargs, level, opset, seed)
+    if any_held():
+        raise OnnxError(
+            f"{type(analog).__name__} is on a chip here: a file holds the exact weights, so call "
+            "export_onnx() outside of device.at()"
+        )
     target = storage.place(path)
     kwargs = arguments.in_order(analog, args, kwargs)
     if noise:
