@@ -31,6 +31,7 @@ from torch.fx.proxy import ParameterProxy, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analogfx.errors import CaptureError
+from analogfx.modules.kinds import FORWARDS
 from analogfx.modules.stand_in import StandIn
 from analogfx.passes.stationary import mark_stationary
 
@@ -49,9 +50,13 @@ _PRODUCTS = {
 
 
 def forward_of(module: nn.Module) -> Any:
-    """The digital forward of a module's class; None where the class has no such attribute."""
+    """The forward to trace: the digital one of a module's class, or what its kind has for it.
+
+    None where the class has no such attribute.
+    """
     cls = type(module)
-    return getattr(cls, "digital_forward", None) or getattr(cls, "forward", None)
+    own = getattr(cls, "digital_forward", None) or getattr(cls, "forward", None)
+    return FORWARDS.get(own, own) if isinstance(own, FunctionType) else own
 
 
 def mentions_product(module: nn.Module) -> bool:

@@ -1,1 +1,16 @@
-"""Kinds of modules whose own code does not show their products, one file for each decision."""
+"""Kinds: classes of modules whose own forward hides its products from a trace.
+
+A kind is one file here. It gives such a class a forward that computes the same in products that a
+trace shows, with the same parameters in the same order. Its row in :data:`FORWARDS` names the
+forward that it stands for, so a subclass with a forward of its own is never meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Forward = Callable[..., Any]
+
+FORWARDS: dict[Forward, Forward] = {}
+"""What is traced, by the forward that it stands for."""
