@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 
 import oracle
 import pytest
+import torch._dynamo
+import torch._inductor
 from hypothesis import settings
 
 # The same examples on every machine and in every run: what is red stays red until it is mended.
@@ -28,6 +30,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """No graphs of other tests, which count for Dynamo's limit of graphs for one function.
+
+    Nor of other versions of the ops: those in Inductor's cache would be taken for ours.
+    """
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+    torch._dynamo.reset()
 
 
 def pytest_addoption(parser):

@@ -25,18 +25,6 @@ SAME = {"rtol": 1e-11, "atol": 1e-11}
 """Ten steps of float64: noise, a range or a count that is not the same is off by 1e-3 or more."""
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    # A graph that another version of the ops has left in the cache would be taken for ours.
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
-    torch._dynamo.reset()
-
-
 def cnn():
     torch.manual_seed(0)
     return nn.Sequential(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from analogfx.backend.state import backend_state
-from analogfx.errors import AnalogfxError
+from analogfx.errors import AnalogfxError, CaptureError
 from analogfx.modules.capture import source
 
 
@@ -79,9 +80,10 @@ def explain(
         passes: as the backend's option of the same name.
 
     Raises:
-        ConfigError, CaptureError: as the backend.
+        ConfigError, CaptureError: as the backend; CaptureError, too, if Dynamo compiles nothing.
         TypeError: an input stands in the place of the config.
     """
+    import torch._dynamo
     from torch._dynamo.exc import BackendCompilerFailed
 
     from analogfx.backend.compiler import finish, rewrite
@@ -107,10 +109,16 @@ def explain(
     twin = copy.deepcopy(model)
     backend_state(twin).load_state_dict(backend_state(model).state_dict())
     try:
-        with torch.random.fork_rng():
+        # One call more of code that other models share must not be the one too many.
+        with torch.random.fork_rng(), torch._dynamo.config.patch(recompile_limit=sys.maxsize):
             torch.compile(twin, backend=record)(*inputs, **keywords)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, AnalogfxError):
             raise error.inner_exception from None
         raise
+    if not found:
+        raise CaptureError(
+            f"Dynamo compiled nothing of {type(model).__name__}: its forward has no tensor op, or "
+            "Dynamo has given its code up; torch.compiler.reset() lets it try again"
+        )
     return Explanation(tuple(found))

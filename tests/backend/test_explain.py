@@ -6,10 +6,11 @@ import pytest
 import torch
 from compiled import QUIET, compiled, ranges, stack
 from samples import TILES, merged, mlp
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 import analogfx
-from analogfx.errors import ConfigError
+from analogfx.errors import CaptureError, ConfigError
 
 EVERY_PASS = [
     "normalize", "select", "insert", "map_tiles", "lower",
@@ -136,3 +137,13 @@ def test_importing_the_package_imports_no_compiler():
 def test_an_input_in_the_place_of_the_config_is_named():
     with pytest.raises(TypeError, match=r"explain\(analog, None, x\)"):
         analogfx.explain(mlp(), torch.randn(2, 8))
+
+
+def test_code_that_dynamo_has_given_up_is_an_error():
+    class Given(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    torch._dynamo.decorators.skip(Given.forward)
+    with pytest.raises(CaptureError, match=r"compiled nothing of Given.*torch.compiler.reset"):
+        analogfx.explain(Given(), QUIET, torch.randn(2))
