@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from analogfx.modules.fast_paths import close_fast_paths, open_fast_paths
 from analogfx.modules.plan import make_plan
 from analogfx.modules.remember import make_state
 from analogfx.modules.swap import swap, unswap
+from analogfx.passes.pipeline import Pass
 from analogfx.report import Report, check_strict, forget_choice, remember_choice
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -26,6 +28,7 @@ def analogize(
     inplace: bool = False,
     strict: bool = False,
     debug_dir: str | Path | None = None,
+    passes: Sequence[Pass] = (),
 ) -> ModelT:
     """Make every product with a parameter analog, as a config says.
 
@@ -44,6 +47,9 @@ def analogize(
         strict: raise if a product with a parameter stays digital without being asked to.
         debug_dir: a folder to write the graph after every pass to, one subfolder for each kind
             of module.
+        passes: passes of your own, ``(graph, context) -> int``, which run over the graph of every
+            module with a site, where a site is one node for every role. A checkpoint does not hold
+            them: give them to :func:`load` again.
 
     Returns:
         The analog model; ``model`` itself with ``inplace``.
@@ -53,6 +59,7 @@ def analogize(
         ConfigError: a config cannot run; all its conflicts are listed. ``model`` is untouched.
         PlacementError: with ``strict``; ``model`` is untouched.
         CaptureError: the model is analog already.
+        PassError: one of ``passes`` failed; ``model`` is untouched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"analogize() takes a torch.nn.Module, found {type(model).__name__}")
@@ -63,7 +70,7 @@ def analogize(
                 f"{name or type(module).__name__} is analog already: pass the digital model, "
                 "or what to_digital() gives"
             )
-    plan = make_plan(model, chosen, Path(debug_dir) if debug_dir is not None else None)
+    plan = make_plan(model, chosen, Path(debug_dir) if debug_dir is not None else None, passes)
     if strict:
         check_strict(Report(plan.sites))
     analog = model if inplace else copy.deepcopy(model)

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError, abridged, shown
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import unwrapped
+from analogfx.passes.pipeline import Pass, pass_name
 from analogfx.tensorfile import DTYPES, tensors_in
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -77,6 +79,8 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
         "configs": configs,
         "modules": modules,
     }
+    if passes := _passes(analog):
+        record["passes"] = passes
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,12 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
 
-def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False) -> ModelT:
+def load(
+    model: ModelT,
+    directory: str | os.PathLike[str],
+    inplace: bool = False,
+    passes: Sequence[Pass] = (),
+) -> ModelT:
     """Analogize a fresh digital model as a folder says, and give it the folder's tensors.
 
     Every file is opened and read once, and checked before the model is touched. Floating-point
@@ -100,16 +109,22 @@ def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False
             it was if anything is wrong with the folder.
         directory: what :func:`save` wrote.
         inplace: change ``model`` itself.
+        passes: the passes of your own that the model was analogized with, see :func:`analogize`.
 
     Returns:
         The analog model.
 
     Raises:
         CheckpointError: the folder is missing something, damaged, of another schema, made for
-            another model, or cannot be read.
+            another model or with other passes, or cannot be read.
     """
     folder = Path(directory)
     stored = _read(folder)
+    if stored.passes != [pass_name(step) for step in passes]:
+        raise CheckpointError(
+            f"{folder}: the model was made with the passes {shown(stored.passes)}; found "
+            f"{shown([pass_name(step) for step in passes])}. Give load() the same passes"
+        )
     paths = _paths(model)
     absent = sorted(set(stored.configs) - set(paths.values()))
     if absent:
@@ -119,7 +134,7 @@ def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False
         )
     chosen = {raw: stored.configs[path] for raw, path in paths.items() if path in stored.configs}
     # Tried on a model without memory first: the given one is only touched if all fits.
-    trial = analogize(_on_meta(model), lambda name, _: chosen.get(name), inplace=True)
+    trial = analogize(_on_meta(model), lambda name, _: chosen.get(name), inplace=True, passes=passes)
     _check_fit(trial, stored, paths)
     _check_ties(model, stored, paths)
     became = {name for name, module in trial.named_modules() if isinstance(module, AnalogModule)}
@@ -129,7 +144,7 @@ def load(model: ModelT, directory: str | os.PathLike[str], inplace: bool = False
         raise CheckpointError(
             f"{folder}: {name!r} of {type(model).__name__} does not become analog"
         )
-    analog = analogize(model, lambda name, _: chosen.get(name), inplace=inplace)
+    analog = analogize(model, lambda name, _: chosen.get(name), inplace=inplace, passes=passes)
     try:
         _fill(analog, stored, paths)
     except BaseException:
@@ -189,6 +204,18 @@ def _configs(analog: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
                 configs.append(config)
             modules[paths[name]] = configs.index(config)
     return configs, modules
+
+
+def _passes(analog: nn.Module) -> list[str]:
+    """Names of the caller's passes that a model was made with."""
+    return next(
+        (
+            [pass_name(step) for step in module._analog.passes]
+            for module in analog.modules()
+            if isinstance(module, AnalogModule)
+        ),
+        [],
+    )
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -332,6 +359,8 @@ class _Stored:
     tensors: dict[str, Tensor]
     """By name, tied ones under each of their names."""
     versions: dict[str, int] | None
+    passes: list[str]
+    """Names of the caller's passes that the model was made with."""
 
 
 def _read(folder: Path) -> _Stored:
@@ -363,7 +392,7 @@ def _read(folder: Path) -> _Stored:
     for name, kept in record.get("ties", metadata).items():
         if kept in tensors and name not in tensors:
             tensors[name] = tensors[kept]
-    return _Stored(place, configs, tensors, record.get("versions"))
+    return _Stored(place, configs, tensors, record.get("versions"), record.get("passes", []))
 
 
 def _read_file(folder: Path, name: str, limit: int) -> bytearray:
@@ -424,6 +453,9 @@ def _check_types(record: dict[str, Any]) -> None:
     numbers = [*record["modules"].values(), *record.get("versions", {}).values()]
     if not all(type(n) is int and n >= 0 for n in [*numbers, entry.get("bytes", 0)]):
         raise ValueError("a number of a config, a version or a size is none")
+    passes = record.get("passes", [])
+    if not isinstance(passes, list) or not all(isinstance(name, str) for name in passes):
+        raise ValueError("the passes are no list of names")
     ties = record.get("ties", {}).values()
     if not all(isinstance(name, str) for name in ties):
         raise ValueError("a tie is no name")

@@ -48,6 +48,10 @@ class AnalogfxError(Exception):
     """Base class of all errors below."""
 
 
+class PassError(AnalogfxError):
+    """A pass of the caller's own failed, or left a graph that is not well formed."""
+
+
 class Conflict(NamedTuple):
     """One field of a config that cannot stay as it is.
 

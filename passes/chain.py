@@ -27,6 +27,34 @@ def made_for(graph: Graph, site: Site) -> list[Node]:
     return [n for n in graph.nodes if n.meta.get("made", (None,))[0] == site.index]
 
 
+def of_role(graph: Graph, wanted: str) -> list[Node]:
+    """The nodes of all sites that have a role, in order: one for each tile, or one for each site.
+
+    Args:
+        wanted: ``"dac"``, ``"mvm"``, ``"adc"``, ``"output"``, ...: the name that a node bears in
+            the graphs that ``debug_dir`` writes.
+
+    Example:
+        >>> def half(graph, context):  # halves what every tile gives
+        ...     for node in of_role(graph, "mvm"):
+        ...         insert_after(node, torch.mul, 0.5)
+        ...     return len(of_role(graph, "mvm"))
+    """
+    return [n for n in graph.nodes if n.meta.get("made", (None, None))[1] == wanted]
+
+
+def insert_after(node: Node, function: Any, *args: Any) -> Node:
+    """Put ``function(node, *args)`` in a node's place.
+
+    Returns:
+        The new node, which everything that read the old one reads now.
+    """
+    with node.graph.inserting_after(node):
+        made = node.graph.call_function(function, (node, *args))
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    return made
+
+
 def role(node: Node) -> str:
     """What a node of a site is for."""
     return node.meta["made"][1]

@@ -56,7 +56,12 @@ def run(
         count = step(graph, context)
         graph.lint()
         if after is not None:
-            after(step.__name__, graph, count)
+            after(pass_name(step), graph, count)
+
+
+def pass_name(step: Pass) -> str:
+    """What a pass is called, in messages and in files."""
+    return str(getattr(step, "__name__", type(step).__name__))
 
 
 def decisions(graph: Graph) -> list[Decision]:

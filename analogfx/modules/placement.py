@@ -24,6 +24,7 @@ from analogfx.modules.program import AnalogSite, Program, build, check_same_site
 from analogfx.modules.remember import fit_state, reset_state
 from analogfx.ops.transforms import in_transform
 from analogfx.passes.contract import Decision
+from analogfx.passes.pipeline import Pass
 
 _placements = itertools.count()
 
@@ -49,12 +50,16 @@ def _inside(module: nn.Module, path: str) -> nn.Module:
 class Placement:
     """A module's config, sites and programs, which follow what is done to the module."""
 
-    def __init__(self, name: str, config: TorchInferenceRPUConfig) -> None:
+    def __init__(
+        self, name: str, config: TorchInferenceRPUConfig, passes: tuple[Pass, ...] = ()
+    ) -> None:
         """A placement without programs; see :meth:`prepare`."""
         self.name = name
         """The module's path, for messages."""
         self.config = config
         self.resolved = resolve(config)
+        self.passes = passes
+        """The caller's own, which every program of the module goes through."""
         self.number = next(_placements)
         """What a chip knows the module by: another for a copy."""
         self.programs: dict[tuple[bool, Any], Program] = {}
@@ -106,7 +111,9 @@ class Placement:
 
     def _built(self, module: nn.Module, config: Resolved) -> tuple[Program, Program]:
         pattern = default_pattern(module)
-        train, evaluate = (build(module, config, mode, pattern) for mode in (True, False))
+        train, evaluate = (
+            build(module, config, mode, pattern, passes=self.passes) for mode in (True, False)
+        )
         check_same_sites(train, evaluate)
         return train, evaluate
 
@@ -196,7 +203,7 @@ class Placement:
         with TRACING:  # another thread may be at it
             if key in self.programs:
                 return self.programs[key]
-            made = build(module, self.resolved, key[0], pattern)
+            made = build(module, self.resolved, key[0], pattern, passes=self.passes)
             check_same_sites(next(iter(self.programs.values())), made)
             self.programs = dict(itertools.islice(self.programs.items(), 2)) | dict(
                 itertools.islice(self.programs.items(), max(2, len(self.programs) - _KEPT), None)

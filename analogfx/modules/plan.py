@@ -26,6 +26,7 @@ from analogfx.modules.kinds.closed import refusal
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program, build, check_same_sites
 from analogfx.passes.contract import Decision, SiteReport
+from analogfx.passes.pipeline import Pass
 
 _SITE_CLASSES = (nn.Linear, _ConvNd)
 _LATER = Chosen(None, None, "put there after analogize()")
@@ -36,6 +37,8 @@ class Plan:
     """All that analogize() will do."""
 
     debug_dir: Path | None
+    passes: tuple[Pass, ...] = ()
+    """The caller's own."""
     placements: dict[str, Placement] = field(default_factory=dict)
     reports: dict[str, list[SiteReport]] = field(default_factory=dict)
     """What was decided about the products of each module, by its path."""
@@ -47,14 +50,23 @@ class Plan:
         return tuple(report for reports in self.reports.values() for report in reports)
 
 
-def make_plan(model: nn.Module, chosen: Mapping[str, Chosen], debug_dir: Path | None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    chosen: Mapping[str, Chosen],
+    debug_dir: Path | None,
+    passes: Sequence[Pass] = (),
+) -> Plan:
     """Decide about every module of a model; nothing of it is touched.
 
     Args:
         chosen: by the module's path; modules that are not there were put there afterwards.
         debug_dir: where to write the graph after every pass.
+        passes: the caller's own, for the graph with one node for every role.
+
+    Raises:
+        PassError: one of ``passes`` failed.
     """
-    plan = Plan(debug_dir)
+    plan = Plan(debug_dir, tuple(passes))
     closed: set[nn.Module] = set()
     modules = list(model.named_modules())
     for name, module in tqdm(modules, desc="analogize", unit="module", delay=2, leave=False):
@@ -96,7 +108,7 @@ def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
         return
     _list(plan, name, train.decisions, chosen)
     if chosen.config is not None and train.sites:
-        placement = Placement(name, copy.deepcopy(chosen.config))
+        placement = Placement(name, copy.deepcopy(chosen.config), plan.passes)
         placement.adopt(module, train, evaluate)
         plan.placements[name] = placement
 
@@ -187,7 +199,8 @@ def _program(
             mode = "train" if training else "eval"
             folder = plan.debug_dir / f"{name or type(module).__name__}.{mode}"
         try:
-            plan.programs[key] = build(module, config, training, default_pattern(module), folder)
+            pattern = default_pattern(module)
+            plan.programs[key] = build(module, config, training, pattern, folder, plan.passes)
         except CaptureError as error:
             plan.programs[key] = error
     found = plan.programs[key]

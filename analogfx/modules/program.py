@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
-from analogfx.errors import CaptureError
+from analogfx.errors import CaptureError, PassError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.passes import pipeline
@@ -92,18 +92,21 @@ def build(
     training: bool,
     pattern: Pattern,
     debug_dir: Path | None = None,
+    passes: Sequence[pipeline.Pass] = (),
 ) -> Program:
     """Capture a module's forward and run the passes over it.
 
     Args:
         config: scalars of the module's sites; None leaves its products digital.
         debug_dir: where to write the graph after every pass.
+        passes: the caller's own, which see one node for every role.
 
     Raises:
         CaptureError: the forward cannot be traced.
+        PassError: one of ``passes`` failed.
     """
     with TRACING:
-        return _build(module, config, training, pattern, debug_dir)
+        return _build(module, config, training, pattern, debug_dir, passes)
 
 
 def _build(
@@ -112,6 +115,7 @@ def _build(
     training: bool,
     pattern: Pattern,
     debug_dir: Path | None,
+    passes: Sequence[pipeline.Pass],
 ) -> Program:
     graph = capture(module, training, pattern)
     read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
@@ -122,6 +126,8 @@ def _build(
         after = functools.partial(_write, debug_dir, itertools.count(1))
         _write(debug_dir, itertools.count(), "capture", graph, 0)
     pipeline.run(pipeline.EXPLICIT, graph, context, after)
+    for step in passes if context.sites else ():
+        _run_own(step, graph, context, type(module).__name__, after)
     sites = tuple(_analog_site(site) for site in context.sites)
     explicit = bind(graph)
     pipeline.run(pipeline.FUSED, graph, context, after)
@@ -133,6 +139,22 @@ def _build(
         pipeline.run((hold,), graph, context)
         held = bind(graph)
     return Program(explicit, run, decisions, sites, lowered, readers, held)
+
+
+def _run_own(
+    step: pipeline.Pass, graph: Graph, context: Context, where: str, after: Any
+) -> None:
+    """Run a pass of the caller's own.
+
+    Raises:
+        PassError: it failed, naming the pass and the module's class.
+    """
+    try:
+        pipeline.run((step,), graph, context, after)
+    except Exception as error:  # any code may fail in any way
+        raise PassError(
+            f"pass {pipeline.pass_name(step)} failed on the graph of {where} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check_same_sites(first: Program, second: Program) -> None:
