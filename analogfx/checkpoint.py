@@ -134,7 +134,9 @@ def load(
         )
     chosen = {raw: stored.configs[path] for raw, path in paths.items() if path in stored.configs}
     # Tried on a model without memory first: the given one is only touched if all fits.
-    trial = analogize(_on_meta(model), lambda name, _: chosen.get(name), inplace=True, passes=passes)
+    trial = analogize(
+        _on_meta(model), lambda name, _: chosen.get(name), inplace=True, passes=passes
+    )
     _check_fit(trial, stored, paths)
     _check_ties(model, stored, paths)
     became = {name for name, module in trial.named_modules() if isinstance(module, AnalogModule)}

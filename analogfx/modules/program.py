@@ -141,9 +141,7 @@ def _build(
     return Program(explicit, run, decisions, sites, lowered, readers, held)
 
 
-def _run_own(
-    step: pipeline.Pass, graph: Graph, context: Context, where: str, after: Any
-) -> None:
+def _run_own(step: pipeline.Pass, graph: Graph, context: Context, where: str, after: Any) -> None:
     """Run a pass of the caller's own.
 
     Raises:
