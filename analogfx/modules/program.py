@@ -150,9 +150,8 @@ def _run_own(step: pipeline.Pass, graph: Graph, context: Context, where: str, af
     try:
         pipeline.run((step,), graph, context, after)
     except Exception as error:  # any code may fail in any way
-        raise PassError(
-            f"pass {pipeline.pass_name(step)} failed on the graph of {where} ({type(error).__name__}: {error})"
-        ) from error
+        name, why = pipeline.pass_name(step), f"{type(error).__name__}: {error}"
+        raise PassError(f"pass {name} failed on the graph of {where} ({why})") from error
 
 
 def check_same_sites(first: Program, second: Program) -> None:
