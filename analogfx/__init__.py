@@ -25,6 +25,8 @@ from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
+from analogfx.tiles.export import export_tiles
+from analogfx.tiles.tile_map import tile_map
 from analogfx.trace import trace
 from analogfx.training import clip_after_step, clip_weights, quantize_weights, weights_written
 from analogfx.unset import warn_unset
@@ -57,6 +59,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export_onnx",
+    "export_tiles",
     "load",
     "load_device",
     "load_onnx_sites",
@@ -66,6 +69,7 @@ __all__ = [
     "recipes",
     "report",
     "save",
+    "tile_map",
     "to_digital",
     "trace",
     "warn_unset",
