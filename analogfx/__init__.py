@@ -1,6 +1,6 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
-from analogfx import chip, errors, recipes
+from analogfx import chip, errors, hardware, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
@@ -25,6 +25,7 @@ from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
+from analogfx.tiles.cost import cost
 from analogfx.tiles.export import export_tiles
 from analogfx.tiles.tile_map import tile_map
 from analogfx.trace import trace
@@ -54,12 +55,14 @@ __all__ = [
     "chip",
     "clip_after_step",
     "clip_weights",
+    "cost",
     "digital_state_dict",
     "errors",
     "evaluate",
     "explain",
     "export_onnx",
     "export_tiles",
+    "hardware",
     "load",
     "load_device",
     "load_onnx_sites",

@@ -55,7 +55,7 @@ def draw(
     axes.set_aspect(rows / columns if rows < columns else 1.0)
     axes.set_axis_off()
     left = len(numbers) - len(shown)
-    axes.set_title(
+    figure.suptitle(
         f"{len(numbers)} crossbars of {rows}x{columns}, {utilisation:.1%} used"
         + (f"; {left} more not drawn" if left else ""),
         fontsize=10,
