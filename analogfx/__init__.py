@@ -25,6 +25,8 @@ from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.report import report
+from analogfx.search.plan import plan
+from analogfx.search.sensitivity import sensitivity
 from analogfx.tiles.cost import cost
 from analogfx.tiles.export import export_tiles
 from analogfx.tiles.tile_map import tile_map
@@ -66,12 +68,14 @@ __all__ = [
     "load",
     "load_device",
     "load_onnx_sites",
+    "plan",
     "program",
     "programmed",
     "quantize_weights",
     "recipes",
     "report",
     "save",
+    "sensitivity",
     "tile_map",
     "to_digital",
     "trace",

@@ -20,7 +20,7 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,15 @@ class Device:
             by_placement[site.placement] = (*by_placement.get(site.placement, ()), one)
         with holding(by_placement):
             yield self
+
+    def part(self, modules: Iterable[AnalogModule]) -> Device:
+        """The same chip, of which some modules are used; all others multiply exactly.
+
+        Args:
+            modules: of the model that was programmed.
+        """
+        numbers = {module._analog.number for module in modules}
+        return Device([site for site in self._sites if site.placement in numbers], self.seed)
 
     def weights(self, seconds: float, read: int = 0) -> dict[str, Tensor]:
         """What the tiles hold at a time, (O, I) by site, without the compensation's factors."""
