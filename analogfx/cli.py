@@ -11,6 +11,7 @@ from pathlib import Path
 
 from analogfx import __version__, demo, lifetime_command
 from analogfx.calibration import command as calibrate_command
+from analogfx.commands import cost, map, sensitivity
 from analogfx.errors import AnalogfxError, abridged
 from analogfx.onnx import commands as onnx_commands
 
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     lifetime_command.add(commands)
     calibrate_command.add(commands)
+    map.add(commands)
+    cost.add(commands)
+    sensitivity.add(commands)
     onnx_commands.add(commands)
     return parser
 

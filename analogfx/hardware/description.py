@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from analogfx.errors import ConfigError, Conflict
 
@@ -76,6 +77,25 @@ class Hardware:
                     conflicts.append(Conflict(item.name, value, "a number from 0 on, or None"))
         if conflicts:
             raise ConfigError(conflicts, f"Hardware {self.name!r}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Hardware:
+        """Read fields by name, as a JSON file has them.
+
+        Raises:
+            ConfigError: unknown fields, missing ones, or values that cannot be.
+        """
+        names = [item.name for item in fields(cls)]
+        conflicts = [
+            Conflict(str(name), value, f"one of {', '.join(names)}")
+            for name, value in data.items()
+            if name not in names
+        ]
+        needed = ("name", "crossbar_rows", "crossbar_columns")
+        conflicts += [Conflict(name, None, "a value") for name in needed if name not in data]
+        if conflicts:
+            raise ConfigError(conflicts, "Hardware")
+        return cls(**data)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +152,7 @@ class _DigitalPlacement(Placement):
         self.__dict__.update(placement.__dict__)
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        digital: Callable[..., Any] = module.digital_forward
+        digital: Any = module.digital_forward
         return digital(*args, **kwargs)
 
 

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from analogfx.api import analogize
 from analogfx.choose import choose
 from analogfx.config import TorchInferenceRPUConfig, as_config
-from analogfx.fold import table
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.search.measure import Metric, chip_seed, mean, measure, spread
 from analogfx.search.perturb import Perturbation, as_perturbation
 from analogfx.search.sensitivity import analog_modules, module_weights
+from analogfx.tables import table
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,16 @@ class Plan:
         errors = [0.0 if math.isnan(s.std) else s.std for s in self.steps]
         axes.errorbar(x, [s.mean for s in self.steps], errors, marker="o", capsize=2)
         for place, step in zip(x, self.steps, strict=True):
-            text = f"{step.module or 'base'}{' back' if step.choice == 'base' else ''}"
+            back = bool(step.module) and step.choice == "base"
+            text = f"{step.module or 'base'}{' back' if back else ''}"
+            offset = (-6, 6) if back else (6, -10)
             axes.annotate(
-                text, (place, step.mean), (4, -10), textcoords="offset points", fontsize=7
+                text,
+                (place, step.mean),
+                offset,
+                textcoords="offset points",
+                fontsize=7,
+                ha="right" if back else "left",
             )
         axes.axhline(self.reference, color="gray", ls="--", lw=1, label="digital")
         axes.set_xlabel("weights exempted, %")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from analogfx.device import key
-from analogfx.fold import table
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.search.journal import Journal
 from analogfx.search.measure import Metric, chip_seed, mean, measure, spread
 from analogfx.search.perturb import as_perturbation
+from analogfx.tables import table, write_csv
 from analogfx.unset import warn_unset
 
 MODES = ("alone", "all_but")
@@ -118,14 +117,14 @@ class Sensitivity:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Every measurement, one a line: module, weights, chip, value."""
-        with Path(path).open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["module", "weights", "chip", "value"])
-            for row in self.rows:
-                for chip, value in enumerate(row.values):
-                    writer.writerow([row.name, row.weights, chip, value])
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
+        """Every measurement, one a line, to a file or an open stream."""
+        rows = (
+            [row.name, row.weights, chip, value]
+            for row in self.rows
+            for chip, value in enumerate(row.values)
+        )
+        write_csv(path, ["module", "weights", "chip", "value"], rows)
 
     def plot(self, path: str | os.PathLike[str], label: str = "metric") -> None:
         """Draw the effects as bars, one standard deviation to either side; needs matplotlib.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -10,11 +9,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from analogfx.errors import ConfigError, Conflict
-from analogfx.fold import fold, table
 from analogfx.hardware import HOROWITZ_INT8, DigitalReference, Hardware
+from analogfx.tables import fold, table, write_csv
 from analogfx.tiles.known import product, ratio, total
 from analogfx.tiles.rows import MappedSite, Tile
 from analogfx.tiles.tile_map import TileMap
@@ -176,15 +175,17 @@ class Cost:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Every site, one a line; what is not known is empty."""
-        with Path(path).open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            causes = [f"{cause}_pj" for cause in CAUSES]
-            writer.writerow(["site", "macs", *causes, "total_pj", "time_ns", "busy_ns"])
-            for s in self.sites:
-                energies = (s.energy_pj[cause] for cause in CAUSES)
-                writer.writerow([s.name, s.macs, *energies, s.total_pj, s.time_ns, s.busy_ns])
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
+        """Every site, one a line, to a file or an open stream; what is not known is empty."""
+        causes = [f"{cause}_pj" for cause in CAUSES]
+        write_csv(
+            path,
+            ["site", "macs", *causes, "total_pj", "time_ns", "busy_ns"],
+            (
+                [s.name, s.macs, *s.energy_pj.values(), s.total_pj, s.time_ns, s.busy_ns]
+                for s in self.sites
+            ),
+        )
 
 
 def cost(mapped: TileMap, hardware: Hardware, reference: DigitalReference = HOROWITZ_INT8) -> Cost:

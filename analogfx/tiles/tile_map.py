@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 
 from analogfx.errors import ConfigError, Conflict
-from analogfx.fold import fold, table
 from analogfx.modules.sites import unwrapped
+from analogfx.tables import fold, table, write_csv
 from analogfx.tiles.count import input_vectors
 from analogfx.tiles.cut import Part, cut
 from analogfx.tiles.pack import one_each, shelves
@@ -163,17 +162,15 @@ class TileMap:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Every tile, one a line; spans as their two ends."""
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
+        """Every tile, one a line, to a file or an open stream; spans as their two ends."""
         columns = list(Tile.__dataclass_fields__)
-        with Path(path).open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(columns)
-            for tile in self.tiles:
-                values = (getattr(tile, name) for name in columns)
-                writer.writerow(
-                    "-".join(map(str, v)) if isinstance(v, tuple) else v for v in values
-                )
+        rows = ([getattr(tile, name) for name in columns] for tile in self.tiles)
+        write_csv(
+            path,
+            columns,
+            (["-".join(map(str, v)) if isinstance(v, tuple) else v for v in row] for row in rows),
+        )
 
     def plot(self, path: str | os.PathLike[str], limit: int = 64) -> None:
         """Draw the crossbars and what fills them; needs matplotlib.

@@ -1,9 +1,12 @@
-"""Tables of a model's layers with repeated layers as one row: ``layers.{0..31}.fc1``."""
+"""Tables as text and as CSV, with repeated layers as one row: ``layers.{0..31}.fc1``."""
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 RowT = TypeVar("RowT", bound=Hashable)
 
@@ -63,3 +66,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         ).rstrip()
         for line in lines
     ]
+
+
+def write_csv(
+    target: str | os.PathLike[str] | TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    """Write a table as CSV, to a file or to a stream that is open; None is an empty field."""
+    if isinstance(target, (str, os.PathLike)):
+        with Path(target).open("w", newline="", encoding="utf-8") as stream:
+            write_csv(stream, header, rows)
+        return
+    writer = csv.writer(target)
+    writer.writerow(header)
+    writer.writerows(rows)

@@ -1,4 +1,4 @@
-from analogfx.fold import fold, table
+from analogfx.tables import fold, table
 
 
 def test_numbers_that_follow_each_other_fold():
