@@ -24,6 +24,7 @@ from analogfx.device import Device, load_device, program
 from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
+from analogfx.reconfigure import set_config
 from analogfx.report import report
 from analogfx.search.plan import plan
 from analogfx.search.sensitivity import sensitivity
@@ -76,6 +77,7 @@ __all__ = [
     "report",
     "save",
     "sensitivity",
+    "set_config",
     "tile_map",
     "to_digital",
     "trace",

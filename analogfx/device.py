@@ -39,6 +39,7 @@ from analogfx.held import Held, holding
 from analogfx.kernels import held as kernel
 from analogfx.kernels import noise
 from analogfx.kernels.spec import MVMSpec
+from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import required_sites, unwrapped
@@ -281,6 +282,7 @@ def program(
                 peaks,
             )
         )
+    logger.info("program: %d products, chip %d", len(sites), seed)
     return Device(sites, seed)
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from analogfx.api import analogize
 from analogfx.choose import choose
 from analogfx.config import TorchInferenceRPUConfig, as_config
+from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.search.measure import Metric, chip_seed, mean, measure, spread
 from analogfx.search.perturb import Perturbation, as_perturbation
@@ -269,6 +270,7 @@ class _Search:
                     values.append(measure(self.metric, analog, self.seed))
             price = self.exempted(plan) if self.own_cost is None else float(self.own_cost(analog))
             self.known[plan] = tuple(values), price
+            logger.debug("plan: %s: %g at cost %g", plan, mean(values), price)
             self.tick()
         return self.known[plan]
 

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from analogfx.device import key
+from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.search.journal import Journal
@@ -213,6 +214,7 @@ def sensitivity(
                 its_seed = chip_seed(seed, chip)
                 with perturbation.applied(analog, chosen, its_seed):
                     journal[name] = measure(metric, analog, seed)
+                logger.debug("sensitivity: %s: %g", name, journal[name])
             bar.update()
     exact = journal[_EXACT]
     everywhere = tuple(journal[f"{_ALL}{chip}"] for chip in range(count))
