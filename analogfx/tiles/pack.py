@@ -29,6 +29,10 @@ class _Open:
         self.shelves: list[list[int]] = []
         """First row, height, and columns taken of each shelf."""
 
+    def is_full(self, last_row: int, last_column: int) -> bool:
+        """Whether no part can begin at or before these, on a new shelf or on one of its own."""
+        return self.rows > last_row and all(taken > last_column for _, _, taken in self.shelves)
+
 
 def shelves(sizes: Sequence[tuple[int, int]], crossbar: tuple[int, int]) -> list[Place]:
     """Several parts on one crossbar where they fit, none over another.
@@ -44,6 +48,8 @@ def shelves(sizes: Sequence[tuple[int, int]], crossbar: tuple[int, int]) -> list
     Source: the level heuristic FFDH of Coffman et al., SIAM J. Comput. 9 (1980).
     """
     rows, columns = crossbar
+    lowest = min((height for height, _ in sizes), default=0)
+    narrowest = min((width for _, width in sizes), default=0)
     places: list[Place] = [Place(0, 0, 0)] * len(sizes)
     opened: list[_Open] = []
     count = 0
@@ -59,6 +65,9 @@ def shelves(sizes: Sequence[tuple[int, int]], crossbar: tuple[int, int]) -> list
             place = _put(opened[-1], height, width, rows, columns)
             assert place is not None
         places[part] = place
+        bar = next(bar for bar in reversed(opened) if bar.number == place.crossbar)
+        if bar.is_full(rows - lowest, columns - narrowest):
+            opened.remove(bar)
     order = {place.crossbar: None for place in places}  # numbered by the parts' own order
     number = {old: new for new, old in enumerate(order)}
     return [place._replace(crossbar=number[place.crossbar]) for place in places]
