@@ -59,11 +59,15 @@ def saved_model(arguments: argparse.Namespace) -> Any:
     return load(digital, arguments.checkpoint, inplace=True).eval()
 
 
-def add_output(parser: argparse.ArgumentParser, picture: bool = True) -> None:
+def add_output(parser: argparse.ArgumentParser, picture: bool = True, html: bool = True) -> None:
     """The options that say in what form the result comes."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of the table")
     form.add_argument("--csv", action="store_true", help="print CSV instead of the table")
+    if html:
+        parser.add_argument(
+            "--html", type=Path, metavar="FILE", help="write a page for a browser, too"
+        )
     if picture:
         parser.add_argument(
             "--picture", type=Path, metavar="FILE", help="draw it, too; needs matplotlib"
@@ -78,6 +82,9 @@ def show(result: Result, arguments: argparse.Namespace) -> None:
         result.to_csv(sys.stdout)
     else:
         print(result)
+    if getattr(arguments, "html", None) is not None:
+        page: Any = result
+        page.to_html(arguments.html)
     picture = getattr(arguments, "picture", None)
     if picture is not None:
         _draw(result, picture)

@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help=f"{', '.join(PRESETS)}, or a JSON file with the fields of analogfx.hardware.Hardware",
     )
     add_mapping(parser)
-    add_output(parser, picture=False)
+    add_output(parser, picture=False, html=False)
     parser.set_defaults(run=_run)
 
 

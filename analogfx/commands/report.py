@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from analogfx.commands.common import add_model, add_output, saved_model, show
+from analogfx.page.charts import shares
+from analogfx.page.document import Document
 from analogfx.report import Report, report
-from analogfx.tables import write_csv
+from analogfx.tables import fold, write_csv
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,6 +51,37 @@ class _Shown:
             for row in rows
         )
         write_csv(path, header, values)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One HTML file with the table, repeated layers as one row."""
+        found = self.found
+        page = Document("What is analog, and what is not")
+        counts = Counter(site.status for site in found.sites)
+        page.numbers(
+            [
+                ("products", str(len(found.sites))),
+                ("analog", str(counts["analog"])),
+                ("analog weights", f"{found.coverage:.1%}"),
+            ]
+        )
+        page.picture(shares([("analog", found.coverage), ("digital", 1 - found.coverage)]))
+        rows = [
+            (
+                site.name,
+                (
+                    site.kind,
+                    "x".join(map(str, site.weight_shape)),
+                    "x".join(map(str, site.tile_grid)) if site.status == "analog" else "-",
+                    site.status,
+                    site.decided_by,
+                    site.reason,
+                ),
+            )
+            for site in found.sites
+        ]
+        header = ("site", "kind", "weight", "tiles", "status", "decided by", "reason")
+        page.table(header, [(name, *row) for name, _, row in fold(rows)], texts=(6,))
+        page.write(path)
 
 
 def _run(arguments: argparse.Namespace) -> None:

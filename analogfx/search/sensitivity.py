@@ -17,6 +17,8 @@ from analogfx.device import key
 from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import required_sites, unwrapped
+from analogfx.page.charts import bars
+from analogfx.page.document import Document
 from analogfx.search.journal import Journal
 from analogfx.search.measure import Metric, chip_seed, mean, measure, spread
 from analogfx.search.perturb import as_perturbation
@@ -68,9 +70,9 @@ class Sensitivity:
     """The metric with every module perturbed, of each chip."""
     rows: tuple[ModuleSensitivity, ...] = field(repr=False)
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         total = sum(row.weights for row in self.rows)
-        rows = [
+        return ("module", "weights", "share", "mean", "std", "effect"), [
             (
                 row.name or "(the model)",
                 str(row.weights),
@@ -81,13 +83,29 @@ class Sensitivity:
             )
             for row in self.rows
         ]
-        lines = table(("module", "weights", "share", "mean", "std", "effect"), rows)
-        lines.append(
-            f"{self.perturbation}; {'all but one' if self.mode == 'all_but' else 'one'} module at "
-            f"a time, {len(self.everywhere)} chips"
-        )
+
+    def _how(self) -> str:
+        which = "all but one" if self.mode == "all_but" else "one"
+        return f"{self.perturbation}; {which} module at a time, {len(self.everywhere)} chips"
+
+    def __str__(self) -> str:
+        lines = [*table(*self._table()), self._how()]
         lines.append(f"exact {self.exact:.4g}, everywhere {mean(self.everywhere):.4g}")
         return "\n".join(lines)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One HTML file with the table and bars, for a browser, without a network."""
+        page = Document("Sensitivity")
+        page.numbers(
+            [("exact", f"{self.exact:.4g}"), ("everywhere", f"{mean(self.everywhere):.4g}")]
+        )
+        page.text(self._how())
+        names = [row.name or "(the model)" for row in self.rows]
+        errors = [0.0 if math.isnan(row.std) else row.std for row in self.rows]
+        effects = [row.effect for row in self.rows]
+        page.picture(bars(names[:40], effects[:40], errors[:40], "effect, and spread over chips"))
+        page.table(*self._table())
+        page.write(path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -18,6 +18,7 @@ from analogfx.tables import fold, table, write_csv
 from analogfx.tiles.count import input_vectors
 from analogfx.tiles.cut import Part, cut
 from analogfx.tiles.pack import one_each, shelves
+from analogfx.tiles.page import write_page
 from analogfx.tiles.picture import draw
 from analogfx.tiles.rows import MappedSite, Tile
 from analogfx.tiles.sites import named_sites
@@ -25,6 +26,11 @@ from analogfx.tiles.sites import named_sites
 SCHEMA = 1
 """Version of what ``to_json`` writes."""
 
+_NAMES = {
+    "macs": "MACs a forward",
+    "dac_conversions": "inputs to DACs",
+    "adc_conversions": "outputs of ADCs",
+}
 FILLS = ("even", "first")
 GROUPINGS = ("diagonal", "separate")
 
@@ -103,8 +109,12 @@ class TileMap:
             "adc_conversions": self.adc_conversions,
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the sites, repeated layers as one row."""
         size = self.crossbar[0] * self.crossbar[1]
+        header = [
+            "site", "weight", "groups", "tiles", "crossbars", "used", "devices", "vectors", "MACs",
+        ]  # fmt: skip
         rows = [
             (
                 site.name,
@@ -121,10 +131,21 @@ class TileMap:
             )
             for site in self.sites
         ]
-        header = (
-            "site", "weight", "groups", "tiles", "crossbars", "used", "devices", "vectors", "MACs",
-        )  # fmt: skip
-        lines = table(header, [(name, *row) for name, _, row in fold(rows)])
+        return header, [[name, *row] for name, _, row in fold(rows)]
+
+    def _notes(self) -> list[str]:
+        """What a reader must know beside the numbers."""
+        if not self.finer:
+            return []
+        return [
+            f"{len(self.finer)} of {len(self.sites)} sites have tiles larger than a crossbar: "
+            "cut further here, while the model computes them whole; for the model to do as the "
+            f"chip does, set mapping.max_input_size = {self.crossbar[0]} and "
+            f"mapping.max_output_size = {self.crossbar[1]}"
+        ]
+
+    def __str__(self) -> str:
+        lines = table(*self._table())
         lines.append(
             f"{self.crossbars} crossbars of {self.crossbar[0]}x{self.crossbar[1]} cells, "
             f"{self.utilisation:.1%} used, {self.devices} devices"
@@ -134,14 +155,20 @@ class TileMap:
                 f"a forward: {self.macs} MACs, {self.reads} reads, "
                 f"{self.dac_conversions} inputs to DACs, {self.adc_conversions} outputs of ADCs"
             )
-        if self.finer:
-            lines.append(
-                f"{len(self.finer)} of {len(self.sites)} sites have tiles larger than a crossbar: "
-                "cut further here, while the model computes them whole; for the model to do as the "
-                f"chip does, set mapping.max_input_size = {self.crossbar[0]} and "
-                f"mapping.max_output_size = {self.crossbar[1]}"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._notes()])
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One HTML file with the table and a picture, for a browser, without a network."""
+        numbers = [
+            (_NAMES.get(name, name), "not known" if value is None else f"{value:,}")
+            for name, value in self.totals().items()
+            if name != "utilisation"
+        ]
+        numbers.insert(1, ("cells used", f"{self.utilisation:.1%}"))
+        size = f"{self.crossbar[0]}x{self.crossbar[1]}"
+        numbers.insert(1, ("cells of each", size))
+        header, rows = self._table()
+        write_page(numbers, header, rows, self._notes(), self.tiles, self.crossbar, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as ``docs/tile-map.schema.json`` describes it; unknown numbers are None."""

@@ -83,6 +83,19 @@ def test_a_sensitivity(folder, capsys):
     assert len(out.splitlines()) == 3
 
 
+def test_pages_for_a_browser(folder, capsys):
+    run(capsys, "map", *MODEL, "--crossbar", "4x4", "--html", "map.html")
+    run(capsys, "report", *MODEL, "--html", "report.html")
+    metric = ("--metric", "a_table_module:power", "--digital", "--quiet")
+    run(capsys, "sensitivity", *MODEL, *metric, "--html", "sensitivity.html")
+    evaluate = ("--metric", "a_table_module:power", "--noise", "pcm", "--chips", "2", "--html")
+    run(capsys, "evaluate", *MODEL, *evaluate, "--out", "life")
+    names = ["map.html", "report.html", "sensitivity.html", "life/life.html"]
+    pages = [(folder / name).read_text() for name in names]
+    assert all(page.startswith("<!doctype html>") and "<svg" in page for page in pages)
+    assert "3</dd>" in pages[0] and "100.0%" in pages[1] and "1 y" in pages[3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
