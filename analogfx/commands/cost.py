@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from analogfx.commands.common import CommandError, add_model, add_output, show
+from analogfx.commands.common import CommandError, add_model, add_output, saved_model, show
 from analogfx.commands.map import add_mapping, mapped
 from analogfx.hardware import PRESETS, Hardware
 from analogfx.tiles.cost import cost
@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     chip = _hardware(arguments.hardware)
     size = chip.crossbar_rows, chip.crossbar_columns
-    show(cost(mapped(arguments, size), chip), arguments)
+    show(cost(mapped(saved_model(arguments), arguments, size), chip), arguments)
 
 
 def _hardware(name: str) -> Hardware:

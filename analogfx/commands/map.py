@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from analogfx import imports
 from analogfx.commands.common import CommandError, add_model, add_output, saved_model, show, whole
+from analogfx.tiles.export import export_tiles
 from analogfx.tiles.tile_map import FILLS, GROUPINGS, TileMap, tile_map
 
 
@@ -18,6 +21,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--crossbar", type=_size, default=(512, 512), metavar="RxC", help="default: 512x512"
     )
     add_mapping(parser)
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="write what every crossbar holds there; see analogfx.export_tiles",
+    )
     add_output(parser)
     parser.set_defaults(run=_run)
 
@@ -38,13 +47,13 @@ def add_mapping(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grouping", choices=GROUPINGS, default="diagonal")
 
 
-def mapped(arguments: argparse.Namespace, crossbar: tuple[int, int]) -> TileMap:
-    """The map that a command's arguments ask for."""
+def mapped(analog: Any, arguments: argparse.Namespace, crossbar: tuple[int, int]) -> TileMap:
+    """The map of a model that a command's arguments ask for."""
     inputs = None
     if arguments.inputs is not None:
         inputs = imports.call("--inputs", arguments.inputs, CommandError)
     return tile_map(
-        saved_model(arguments),
+        analog,
         crossbar,
         not arguments.single,
         arguments.slices,
@@ -62,4 +71,8 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    show(mapped(arguments, arguments.crossbar), arguments)
+    analog = saved_model(arguments)
+    found = mapped(analog, arguments, arguments.crossbar)
+    if arguments.export is not None:
+        export_tiles(analog, arguments.export, mapped=found)
+    show(found, arguments)

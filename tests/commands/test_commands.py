@@ -57,6 +57,12 @@ def test_a_map(folder, capsys):
     assert sorted(p.name for p in folder.iterdir() if p.suffix == ".png") == ["m.png"]
 
 
+def test_a_map_that_is_exported(folder, capsys):
+    run(capsys, "map", *MODEL, "--crossbar", "4x4", "--export", "tiles")
+    record = json.loads((folder / "tiles" / "tiles.json").read_text())
+    assert len(record["tiles"]) == 3 and (folder / "tiles" / record["tensors"]["file"]).is_file()
+
+
 def test_a_cost(folder, capsys):
     options = ("--inputs", "a_table_module:batch")
     table = run(capsys, "cost", *MODEL, *options, "--hardware", "hermes-one-phase")
