@@ -1,6 +1,6 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
-from analogfx import chip, errors, recipes
+from analogfx import chip, errors, hardware, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
@@ -24,7 +24,13 @@ from analogfx.device import Device, load_device, program
 from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
+from analogfx.reconfigure import set_config
 from analogfx.report import report
+from analogfx.search.plan import plan
+from analogfx.search.sensitivity import sensitivity
+from analogfx.tiles.cost import cost
+from analogfx.tiles.export import export_tiles
+from analogfx.tiles.tile_map import tile_map
 from analogfx.trace import trace
 from analogfx.training import clip_after_step, clip_weights, quantize_weights, weights_written
 from analogfx.unset import warn_unset
@@ -52,20 +58,27 @@ __all__ = [
     "chip",
     "clip_after_step",
     "clip_weights",
+    "cost",
     "digital_state_dict",
     "errors",
     "evaluate",
     "explain",
     "export_onnx",
+    "export_tiles",
+    "hardware",
     "load",
     "load_device",
     "load_onnx_sites",
+    "plan",
     "program",
     "programmed",
     "quantize_weights",
     "recipes",
     "report",
     "save",
+    "sensitivity",
+    "set_config",
+    "tile_map",
     "to_digital",
     "trace",
     "warn_unset",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import nn
 
 from analogfx.choose import choose
 from analogfx.errors import CaptureError
+from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.fast_paths import close_fast_paths, open_fast_paths
 from analogfx.modules.plan import make_plan
@@ -83,6 +85,9 @@ def analogize(
         swap(modules[name], placement, state[name])
     close_fast_paths(analog)
     remember_choice(analog, chosen)
+    if logger.isEnabledFor(logging.INFO):
+        analog_products = sum(s.status == "analog" for s in plan.sites)
+        logger.info("analogize: %d of %d products analog", analog_products, len(plan.sites))
     return analog
 
 

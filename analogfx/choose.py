@@ -33,7 +33,8 @@ class Chosen:
     """Whether it stays digital because somebody said so."""
 
 
-_UNMATCHED = Chosen(None, None, "no pattern of the config matches", asked=True)
+UNMATCHED = Chosen(None, None, "no pattern of the config matches", asked=True)
+"""What no key of a mapping speaks of."""
 
 
 def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
@@ -61,6 +62,9 @@ def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
 def _chosen(config: Any, module: str, reason: str = "left digital by the config") -> Chosen:
     if config is None:
         return Chosen(None, None, reason, asked=True)
+    if callable(config):
+        name = getattr(config, "__name__", type(config).__name__)
+        raise ConfigError([Conflict("rpu_config", config, f"{name}(), with parentheses")], module)
     try:
         own = as_config(config)
         resolved = resolve(own)
@@ -105,7 +109,7 @@ def _by_pattern(rules: Mapping[Any, Any], names: list[str]) -> dict[str, Chosen]
             warnings.warn(f"the pattern {shown(key)} matches no module", stacklevel=4)
         for name in matched:
             found.setdefault(name, chosen)  # the first match wins
-    return {name: found.get(name, _UNMATCHED) for name in names}
+    return {name: found.get(name, UNMATCHED) for name in names}
 
 
 def _matched(key: Any, names: list[str]) -> list[str]:

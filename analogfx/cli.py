@@ -11,6 +11,7 @@ from pathlib import Path
 
 from analogfx import __version__, demo, lifetime_command
 from analogfx.calibration import command as calibrate_command
+from analogfx.commands import analogize, config, cost, map, report, sensitivity
 from analogfx.errors import AnalogfxError, abridged
 from analogfx.onnx import commands as onnx_commands
 
@@ -77,8 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"analogfx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
-    lifetime_command.add(commands)
+    config.add(commands)
+    analogize.add(commands)
+    report.add(commands)
     calibrate_command.add(commands)
+    map.add(commands)
+    cost.add(commands)
+    sensitivity.add(commands)
+    lifetime_command.add(commands)
     onnx_commands.add(commands)
     return parser
 

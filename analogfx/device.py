@@ -20,7 +20,7 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from analogfx.held import Held, holding
 from analogfx.kernels import held as kernel
 from analogfx.kernels import noise
 from analogfx.kernels.spec import MVMSpec
+from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import required_sites, unwrapped
@@ -121,6 +122,15 @@ class Device:
         with holding(by_placement):
             yield self
 
+    def part(self, modules: Iterable[AnalogModule]) -> Device:
+        """The same chip, of which some modules are used; all others multiply exactly.
+
+        Args:
+            modules: of the model that was programmed.
+        """
+        numbers = {module._analog.number for module in modules}
+        return Device([site for site in self._sites if site.placement in numbers], self.seed)
+
     def weights(self, seconds: float, read: int = 0) -> dict[str, Tensor]:
         """What the tiles hold at a time, (O, I) by site, without the compensation's factors."""
         with torch.no_grad():
@@ -141,6 +151,36 @@ class Device:
             if compensation is not None and gain is not None:
                 gain[column, rows] = compensation.factor(target, programmed, now)
         return Held(weight.view(site.shape), site.peaks, gain)
+
+    def conductances(
+        self, seconds: float | None = None, read: int = 0
+    ) -> dict[str, tuple[Tensor, list[Tensor]]]:
+        """What the devices were asked to hold, or hold at a time.
+
+        Args:
+            seconds: after programming; None for the targets, without any noise.
+
+        Returns:
+            By site: (n, O, I) conductances in microsiemens, of the n devices of every weight, and
+            for each tile, along the outputs and then along the inputs, the scale that the
+            converter's ``to_weights`` takes.
+        """
+        found = {}
+        for site in self._sites:
+            whole, scales = None, []
+            for number, _, rows, inputs in site.tiles():
+                target = site.target[rows, inputs]
+                goal, scale = site.model.g_converter.to_conductances(target)
+                if seconds is not None:
+                    key = f"{self.seed}/{site.name}/{number}"
+                    goal = _programmed_and_now(site.model, goal, key, float(seconds), read)[1]
+                if whole is None:
+                    whole = target.new_empty(len(goal), *site.target.shape)
+                whole[:, rows, inputs] = goal.view(len(goal), *target.shape)
+                scales.append(scale)
+            assert whole is not None
+            found[site.name] = whole, scales
+        return found
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the chip to a folder, for :func:`load_device`.
@@ -242,6 +282,7 @@ def program(
                 peaks,
             )
         )
+    logger.info("program: %d products, chip %d", len(sites), seed)
     return Device(sites, seed)
 
 
@@ -324,6 +365,17 @@ def _read_tile(
 ) -> tuple[Tensor, Tensor]:
     """The weights of one tile after programming, and as a reading finds them."""
     goal, scale = model.g_converter.to_conductances(target)
+    programmed, now = _programmed_and_now(model, goal, tile, seconds, read)
+    first, last = (
+        model.g_converter.to_weights(g.view(goal.shape), scale) for g in (programmed, now)
+    )
+    return first, last
+
+
+def _programmed_and_now(
+    model: NoiseModel, goal: Tensor, tile: str, seconds: float, read: int
+) -> tuple[Tensor, Tensor]:
+    """The conductances of one tile after programming, and as a reading finds them: (n, O * I)."""
     flat = goal.flatten(1)
     programmed, now = torch.empty_like(flat), torch.empty_like(flat)
     size = max(_BLOCK // max(len(flat), 1), 1)
@@ -334,10 +386,12 @@ def _read_tile(
         exponents = model.drift(one, _Draws(key, "drift"))
         draws = _Draws(key, f"read/{seconds!r}/{read}")
         now[block] = model.at(begun, exponents, seconds, draws)
-    first, last = (
-        model.g_converter.to_weights(g.view(goal.shape), scale) for g in (programmed, now)
-    )
-    return first, last
+    return programmed, now
+
+
+def key_of(path: str, site: AnalogSite) -> str:
+    """What a chip knows a site by: its module's path and what it multiplies by."""
+    return ".".join(filter(None, (path, site.state.prefix + site.name)))
 
 
 def _products(
@@ -350,7 +404,7 @@ def _products(
     """
     for path, module, site in required_sites(analog):
         number = module._analog.sites.index(site)
-        name = ".".join(filter(None, (path, site.state.prefix + site.name)))
+        name = key_of(path, site)
         program = next(p for (training, _), p in module._analog.programs.items() if not training)
         lowered = program.lowered[number]
         if lowered is None:

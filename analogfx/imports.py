@@ -20,20 +20,30 @@ def call(option: str, name: str, error: type[AnalogfxError]) -> Any:
         name: ``package.module:function``.
         error: what to raise if there is no such function, or if it or its module raises.
     """
-    module, _, function = name.partition(":")
     with _importing_from_here():
+        function = _found(option, name, error)
         try:
-            found: Any = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as cause:
-            raise error(f"{option} {name}: {cause}; expected package.module:function") from cause
-        except Exception as cause:  # it is the user's code
-            raise error(
-                f"{option} {name}: importing {module} failed: {type(cause).__name__}: {cause}"
-            ) from cause
-        try:
-            return found()
+            return function()
         except Exception as cause:
             raise error(f"{option} {name} failed: {type(cause).__name__}: {cause}") from cause
+
+
+def function(option: str, name: str, error: type[AnalogfxError]) -> Any:
+    """A function, not called; see :func:`call`."""
+    with _importing_from_here():
+        return _found(option, name, error)
+
+
+def _found(option: str, name: str, error: type[AnalogfxError]) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as cause:
+        raise error(f"{option} {name}: {cause}; expected package.module:function") from cause
+    except Exception as cause:  # it is the user's code
+        raise error(
+            f"{option} {name}: importing {module} failed: {type(cause).__name__}: {cause}"
+        ) from cause
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from analogfx.device import key, program
+from analogfx.page.charts import band
+from analogfx.page.document import Document
 from analogfx.unset import warn_unset
 
 TIMES = (1.0, 3600.0, 86400.0, 31_536_000.0)
@@ -103,6 +105,19 @@ class Lifetime:
             writer = csv.writer(stream)
             writer.writerow(Row._fields)
             writer.writerows(self.rows)
+
+    def to_html(self, path: str | os.PathLike[str], label: str = "metric") -> None:
+        """One HTML file with the table and a picture, for a browser, without a network."""
+        page = Document(f"Lifetime: {label}")
+        page.numbers([("chips", str(self.chips)), ("without a chip", f"{self.exact:.4g}")])
+        names = [named(time) for time in self.times]
+        low, high = self.quantile(0.05), self.quantile(0.95)
+        axis = f"time after programming; {label}: mean, and 5 % to 95 % of chips"
+        page.picture(band(names, self.mean, low, high, self.exact, axis))
+        columns = zip(names, self.mean, self.std, low, high, strict=True)
+        rows = [[name, *(f"{value:.4g}" for value in values)] for name, *values in columns]
+        page.table(("time", "mean", "std", "5 %", "95 %"), rows)
+        page.write(path)
 
     def plot(self, path: str | os.PathLike[str], label: str = "metric") -> None:
         """Draw mean and the band from 5 % to 95 % of chips over time; needs matplotlib.

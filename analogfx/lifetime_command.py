@@ -54,6 +54,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--chips", type=int, default=25, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument("--html", action="store_true", help="write life.html, too")
     parser.set_defaults(run=_run)
 
 
@@ -88,6 +89,10 @@ def _run(arguments: argparse.Namespace) -> None:
         written.append(picture)
     except ModuleNotFoundError as error:
         print(f"no picture: {error}", file=sys.stderr)
+    if arguments.html:
+        page = arguments.out / "life.html"
+        life.to_html(page, arguments.metric.partition(":")[2])
+        written.append(page)
     print(life)
     print(f"\nWritten to {arguments.out.resolve()}: {', '.join(path.name for path in written)}")
 

@@ -209,6 +209,11 @@ def remember_choice(analog: nn.Module, chosen: Mapping[str, Chosen]) -> None:
     setattr(analog, _CHOSEN, dict(chosen))
 
 
+def update_choice(analog: nn.Module, chosen: Mapping[str, Chosen]) -> None:
+    """Keep what another config says of some modules."""
+    remember_choice(analog, {**getattr(analog, _CHOSEN, {}), **chosen})
+
+
 def forget_choice(model: nn.Module) -> None:
     """Undo :func:`remember_choice`."""
     model.__dict__.pop(_CHOSEN, None)

@@ -1,0 +1,1 @@
+"""Subcommands that show a table, one a file, and what they share."""

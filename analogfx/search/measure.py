@@ -1,0 +1,39 @@
+"""A metric of a model, on several chips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from analogfx.device import key
+
+Metric = Callable[[Any], Any]
+
+
+def measure(metric: Metric, model: nn.Module, seed: int) -> float:
+    """One number, without gradients. What the metric draws on the CPU is the same every time."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "metric"))
+        return float(metric(model))
+
+
+def chip_seed(seed: int, chip: int) -> int:
+    """The number of one of several chips: the same for all that are compared."""
+    return key(seed, "chip", chip)
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN for none."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def spread(values: Sequence[float]) -> float:
+    """Unbiased standard deviation; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    middle = mean(values)
+    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
