@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from analogfx.config import Resolved
 from analogfx.errors import CaptureError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
+from analogfx.modules.children import child_of
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -67,12 +69,27 @@ class Program:
     """What every site was lowered to; None for a chain that stayed explicit."""
     readers: tuple[str, ...]
     """Paths of the modules whose parameters the forward reads, from the module; it comes first."""
+    delegates: bool
+    """Whether children compute products in the place of the module's own code."""
     held: Callable[..., Any] | None = None
     """The fused forward on what a chip holds, as its second argument; None in training."""
 
 
+@dataclass
 class _ModuleContext(Context):
     """Answers for a graph that runs with the module itself as ``self``."""
+
+    module: nn.Module = field(default_factory=nn.Module)
+
+    def child_of(self, product: Node) -> str | None:
+        """By the parameters that the product's operands are, as they are."""
+        weight, bias = (self._parameter(a) for a in product.args[1:3])
+        return child_of(self.module, product, weight, bias)
+
+    def _parameter(self, operand: Any) -> Any:
+        """The parameter that an operand is; anything else as it is."""
+        direct = isinstance(operand, Node) and operand.op == "get_attr"
+        return operator.attrgetter(str(operand.target))(self.module) if direct else operand
 
     def path(self, graph: Graph, site: Site) -> Node:
         """Read from the placement: modules of other paths share the graph."""
@@ -114,15 +131,14 @@ def _build(
     debug_dir: Path | None,
 ) -> Program:
     graph = capture(module, training, pattern)
-    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
-    readers = tuple({"": True} | read)
-    context = _ModuleContext(config, training)
+    context = _ModuleContext(config, training, module=module)
     after = None
     if debug_dir is not None:
         after = functools.partial(_write, debug_dir, itertools.count(1))
         _write(debug_dir, itertools.count(), "capture", graph, 0)
     pipeline.run(pipeline.EXPLICIT, graph, context, after)
     sites = tuple(_analog_site(site) for site in context.sites)
+    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
     explicit = bind(graph)
     pipeline.run(pipeline.FUSED, graph, context, after)
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
@@ -132,7 +148,8 @@ def _build(
     if not training and sites and None not in lowered:
         pipeline.run((hold,), graph, context)
         held = bind(graph)
-    return Program(explicit, run, decisions, sites, lowered, readers, held)
+    readers, delegates = tuple({"": True} | read), bool(context.delegated)
+    return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 
 
 def check_same_sites(first: Program, second: Program) -> None:

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from analogfx.modules.kinds import attention
+
 Forward = Callable[..., Any]
 
-FORWARDS: dict[Forward, Forward] = {}
+FORWARDS: dict[Forward, Forward] = {
+    nn.MultiheadAttention.forward: attention.forward,
+}
 """What is traced, by the forward that it stands for."""

@@ -9,7 +9,6 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 _CLOSED: dict[type[Any], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention reads its projections in one fused call",
     nn.RNNBase: "recurrent layers run in one fused call",
     nn.RNNCellBase: "recurrent cells run in one fused call",
     nn.Bilinear: "a bilinear form is not a matrix-vector product",
