@@ -209,6 +209,7 @@ def normalize(graph: Graph, context: Context) -> int:
                 refuse(node, name, "no tile computes this product", "normalize")
             continue
         kind, rewrite = rule
+        kind = node.meta.get("spelled", kind)
         if not weights:
             refuse(node, kind, "the weight is cut by the input's shape", "normalize")
             continue

@@ -16,6 +16,7 @@ from analogfx.passes.insert import insert
 from analogfx.passes.lower import lower
 from analogfx.passes.map_tiles import map_tiles
 from analogfx.passes.normalize import normalize
+from analogfx.passes.respell import respell
 from analogfx.passes.select import select
 from analogfx.passes.share_input import share_input
 from analogfx.passes.skip_conversion import skip_conversion
@@ -26,6 +27,7 @@ Pass = Callable[[Graph, Context], int]
 
 EXPLICIT: tuple[Pass, ...] = (
     expand,
+    respell,
     normalize,
     delegate,
     select,

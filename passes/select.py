@@ -31,7 +31,7 @@ _VIEWS = {
 
 def _is_view(node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("get_attr", "placeholder") or name in _VIEWS
+    return node.op in ("get_attr", "placeholder") or name.partition(".")[0] in _VIEWS
 
 
 def _is_rearranged(weight: Node) -> bool:

@@ -45,6 +45,7 @@ _PRODUCTS = {
     "linear", "bilinear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot",
     "conv1d", "conv2d", "conv3d", "inner", "mv", "dot", "_grouped_mm", "grouped_mm",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_dot", "chain_matmul",
+    "addmv", "addbmm", "convolution",
     "scaled_dot_product_attention", "multi_head_attention_forward",
 }  # fmt: skip
 

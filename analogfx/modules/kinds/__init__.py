@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from analogfx.modules.kinds import attention
+from analogfx.modules.kinds import attention, transposed
 
 Forward = Callable[..., Any]
 
 FORWARDS: dict[Forward, Forward] = {
     nn.MultiheadAttention.forward: attention.forward,
+    **{kind.forward: transposed.forward for kind in transposed.KINDS},
 }
 """What is traced, by the forward that it stands for."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 _CLOSED: dict[type[Any], str] = {
     nn.RNNBase: "recurrent layers run in one fused call",
     nn.RNNCellBase: "recurrent cells run in one fused call",
-    nn.Bilinear: "a bilinear form is not a matrix-vector product",
-    _ConvTransposeNd: "transposed convolutions are not mapped to tiles",
     LazyModuleMixin: "a lazy module has no weight yet: run the model once, then analogize it",
 }
 
