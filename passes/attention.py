@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 
 def attend(
@@ -152,13 +153,23 @@ def _attention(
         return None
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
     weights = separate if use_separate_proj_weight else in_weight.chunk(3)
-    biases = (None,) * 3 if in_bias is None else in_bias.chunk(3)
+    biases = _in_thirds(in_bias)
     inputs = (query, key, value)
     q, k, v = (F.linear(inputs[i], weights[i], biases[i]) for i in range(3))
     dropout = dropout if training else 0.0
     rest = (attn_mask, key_padding_mask, dropout, need_weights, average_attn_weights)
     out = _leaf(q, k, v, heads, *rest, bias_k, bias_v, add_zero_attn, is_causal)
     return _both(F.linear(out[0], out_weight, out_bias), out[1])
+
+
+def _in_thirds(bias: Any) -> Any:
+    """The biases of queries, keys and values; those that a caller put together, as they are."""
+    if bias is None:
+        return (None,) * 3
+    parts = bias.node.args[0] if bias.node.target is torch.cat and bias.node.args else ()
+    if isinstance(parts, (tuple, list)) and len(parts) == 3 and len(bias.node.args) == 1:
+        return [Proxy(part, bias.tracer) for part in parts]
+    return bias.chunk(3)
 
 
 def _leaf(*args: Any) -> Any:

@@ -64,6 +64,8 @@ def mentions_product(module: nn.Module) -> bool:
     """Whether a module's forward, or a function of its own that it calls, could hold a product."""
     if not isinstance(forward_of(module), FunctionType):
         return True  # there is no telling
+    if any(base.__dict__.get("forward") in FORWARDS for base in type(module).__mro__):
+        return True  # which it may call by super()
     return any(
         _PRODUCTS & {*code.co_names}
         or any(
@@ -155,6 +157,7 @@ class _OwnForward(Tracer):
             module,
             lambda name, value: self.getattr(name, value, self.cache),
             lambda child, args, kwargs: self.call_module(child, child.forward, args, kwargs),
+            FORWARDS,
         )
 
     def run(self, forward: FunctionType, training: bool, pattern: Pattern) -> Graph:

@@ -5,6 +5,7 @@ import onnx_cases as cases
 import onnx_compare
 import pytest
 import torch
+import torch.nn.functional as F
 from samples import EVERYTHING, IDENTITY, TILES, merged
 from torch import nn
 
@@ -137,3 +138,49 @@ def test_an_encoder_layer_is_exported_to_onnx(tmp_path):
     for x in (X, torch.randn(2, 7, 8)):
         onnx_compare.compare(tmp_path / "encoder.onnx", analog, [x])
     assert len(analogfx.onnx.load_onnx_sites(tmp_path / "encoder.onnx").sites) == 6
+
+
+class Own(nn.MultiheadAttention):
+    """Calls the forward that it inherits."""
+
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0] + x
+
+
+def test_a_subclass_that_calls_torchs_forward_is_analog():
+    digital = Own(8, 2)
+    analog = analogfx.analogize(digital, IDENTITY, strict=True)
+    torch.testing.assert_close(analog(X), digital(X))
+    sites = analogfx.report(analog).sites
+    assert [s.name for s in sites] == [*3 * ["in_proj_weight"], "out_proj"]
+    assert all(s.status == "analog" for s in sites)
+
+
+def test_a_subclass_that_cannot_be_traced_is_listed():
+    kind = type("Any", (nn.MultiheadAttention,), {"forward": lambda self, *args: args[0]})
+    report = analogfx.report(analogfx.analogize(kind(8, 2), IDENTITY))
+    assert report.sites[0].status == "digital" and "*args" in report.sites[0].reason
+
+
+class Pool(nn.Module):
+    """CLIP's attention pool: the projections are children that are never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        return F.multi_head_attention_forward(
+            x[:1], x, x, 8, 2, None, biases, None, None, False, 0.0, self.out.weight,
+            self.out.bias, training=self.training, need_weights=False,
+            use_separate_proj_weight=True, q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight, v_proj_weight=self.v.weight,
+        )[0]  # fmt: skip
+
+
+def test_projections_that_are_children_have_the_sites():
+    digital = Pool()
+    analog = analogfx.analogize(digital, IDENTITY, strict=True)
+    torch.testing.assert_close(analog(X), digital(X))
+    assert [s.name for s in analogfx.report(analog).sites] == ["q", "k", "v", "out"]
