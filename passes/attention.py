@@ -2,7 +2,8 @@
 
 ``in_proj_weight`` holds three matrices, for queries, keys and values. Each is a product of its own,
 whatever the inputs are: which inputs are one tensor is not to be seen in a graph, and a site must
-be the same in every call.
+be the same in every call. Where ``mapping.packed_projections`` asks for one product, inputs that
+differ go through it one after the other, and of each its own third is used.
 """
 
 from __future__ import annotations
@@ -152,14 +153,49 @@ def _attention(
     if static_k is not None or static_v is not None:
         return None
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
-    weights = separate if use_separate_proj_weight else in_weight.chunk(3)
-    biases = _in_thirds(in_bias)
     inputs = (query, key, value)
-    q, k, v = (F.linear(inputs[i], weights[i], biases[i]) for i in range(3))
+    if use_separate_proj_weight:
+        q, k, v = _each(inputs, separate, in_bias)
+    else:
+        q, k, v = _projected(inputs, in_weight, in_bias)
     dropout = dropout if training else 0.0
     rest = (attn_mask, key_padding_mask, dropout, need_weights, average_attn_weights)
     out = _leaf(q, k, v, heads, *rest, bias_k, bias_v, add_zero_attn, is_causal)
     return _both(F.linear(out[0], out_weight, out_bias), out[1])
+
+
+def _projected(inputs: Any, weight: Any, bias: Any) -> Any:
+    """Queries, keys and values by a packed weight: three products, or one."""
+    if not weight.tracer.context.packs(weight.node):
+        return _each(inputs, weight.chunk(3), bias)
+    rows = _call(together, *inputs)
+    parts = _call(apart, F.linear(rows, weight, bias), *inputs)
+    return [parts[i] for i in range(3)]
+
+
+def _each(inputs: Any, weights: Any, bias: Any) -> Any:
+    biases = _in_thirds(bias)
+    return [F.linear(inputs[i], weights[i], biases[i]) for i in range(3)]
+
+
+def together(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Sequences one after the other, each tensor once: (L, ...), (S, ...), (S, ...)."""
+    if query is key and key is value:
+        return query
+    return torch.cat([query, key] if key is value else [query, key, value])
+
+
+def apart(y: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The third of every projected sequence that is meant for it, see :func:`together`."""
+    if query is key and key is value:
+        parts = (y, y, y)
+    elif key is value:
+        q, k = y.split([len(query), len(key)])
+        parts = (q, k, k)
+    else:
+        parts = y.split([len(query), len(key), len(value)])
+    q, k, v = (part.chunk(3, -1)[i] for i, part in enumerate(parts))
+    return q, k, v
 
 
 def _in_thirds(bias: Any) -> Any:
@@ -173,11 +209,16 @@ def _in_thirds(bias: Any) -> Any:
 
 
 def _leaf(*args: Any) -> Any:
-    return args[0].tracer.create_proxy("call_function", attend, args, {})
+    return _call(attend, *args)
 
 
 def _both(first: Any, second: Any) -> Any:
-    return first.tracer.create_proxy("call_function", _pair, (first, second), {})
+    return _call(_pair, first, second)
+
+
+def _call(function: Any, *args: Any) -> Any:
+    """A call that stays one in the graph."""
+    return args[0].tracer.create_proxy("call_function", function, args, {})
 
 
 def _pair(first: Any, second: Any) -> tuple[Any, Any]:
@@ -200,9 +241,9 @@ def _native_attention(
     mask_type: int | None = None,
 ) -> Any:
     """``torch._native_multi_head_attention`` of (N, L, E)."""
-    inputs = [x.transpose(0, 1) for x in (query, key, value)]
-    weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
-    q, k, v = (F.linear(inputs[i], weights[i], biases[i]) for i in range(3))
+    swapped = {x.node: x.transpose(0, 1) for x in (query, key, value)}
+    inputs = [swapped[x.node] for x in (query, key, value)]
+    q, k, v = _projected(inputs, qkv_weight, qkv_bias)
     rest = (*_masks(mask, mask_type), 0.0, need_weights, average_attn_weights)
     out = _leaf(q, k, v, heads, *rest)
     return _both(F.linear(out[0].transpose(0, 1), out_weight, out_bias), out[1])

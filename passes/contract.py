@@ -109,6 +109,10 @@ class Context:
         """The mode that a canonical product's module is in."""
         return self.training
 
+    def packs(self, weight: Node) -> bool:
+        """Whether an attention's packed weight is one matrix, and not three."""
+        return self.config is not None and self.config.packed_projections
+
     def child_of(self, product: Node) -> str | None:
         """The path of the child whose own product a canonical product is; None for no child's."""
         return None

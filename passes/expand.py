@@ -23,6 +23,14 @@ RULES: dict[Any, Rule] = {**attention.RULES}
 """What computes the same as a function, by the function."""
 
 
+class RuleTracer(GraphAppendingTracer):
+    """Adds what a rule computes to a graph, and has the context for rules that ask it."""
+
+    def __init__(self, graph: Graph, context: Context) -> None:
+        super().__init__(graph)
+        self.context = context
+
+
 def expand(graph: Graph, context: Context) -> int:
     """Replace calls that hide products.
 
@@ -30,7 +38,7 @@ def expand(graph: Graph, context: Context) -> int:
         The number of calls replaced.
     """
     count = 0
-    tracer = GraphAppendingTracer(graph)
+    tracer = RuleTracer(graph, context)
     for target, rule in RULES.items():
         for node in graph.find_nodes(op="call_function", target=target):
             args, kwargs = map_aggregate(

@@ -80,7 +80,7 @@ def to_lightning(value):
         for name, item in vars(value).items()
         if not isinstance(item, Record)
     }
-    for name in ("max_output_size", "noise_model", "drift_compensation"):
+    for name in ("max_output_size", "packed_projections", "noise_model", "drift_compensation"):
         values.pop(name, None)
     return getattr(lightning, type(value).__name__)(**values)
 
@@ -137,6 +137,7 @@ class TestSameAsLightning:
         # The fields of our own.
         mapping = found.get("mapping", found)
         assert mapping.pop("max_output_size", -1) == -1
+        assert not mapping.pop("packed_projections", False)
         assert found.pop("noise_model", None) is None
         assert found.pop("drift_compensation", None) is None
         assert found == expected
@@ -232,7 +233,7 @@ class TestAsConfig:
     def test_accepts_lightnings_config(self, config):
         config.modifier.type = "NONE"
         config.modifier.enable_during_test = False
-        config.mapping.max_output_size = -1
+        config.mapping.max_output_size, config.mapping.packed_projections = -1, False
         config.noise_model = config.drift_compensation = None
         foreign = to_lightning(config)
         before = copy.deepcopy(foreign)

@@ -62,6 +62,14 @@ class DynamoContext(Context):
             refuse_learned(config, node.meta["parameter"], self.training_of(product))
         return config
 
+    def packs(self, weight: Node) -> bool:
+        """As the config of the module says that holds the weight."""
+        assert self.configs is not None
+        if self.configs.for_all is None and weight not in self.weights.values():
+            return False
+        chosen = self.configs.for_all or self.configs.of(self._owner(weight).module)
+        return chosen.resolved is not None and chosen.resolved.packed_projections
+
     def chosen(self, product: Node, node: Node) -> Chosen:
         """What was chosen for the module that multiplies by the parameter of an input."""
         assert self.configs is not None

@@ -11,7 +11,7 @@ from compiled import (
     step,
     twins,
 )
-from samples import IDENTITY
+from samples import IDENTITY, merged
 from torch import nn
 
 import analogfx
@@ -95,6 +95,51 @@ def test_both_front_ends_give_the_same_sites_numbers_and_ranges(call):
 
 def model_of(twin):
     return getattr(twin, "_orig_mod", twin)
+
+
+def turned(run):
+    """A call of batches as CALLS has them, where the layer wants them first."""
+
+    def called(*inputs, **options):
+        once = {id(x): x.transpose(0, 1) for x in inputs}  # what was one tensor stays one
+        return run(*(once[id(x)] for x in inputs), **options)
+
+    return called
+
+
+PACKED = {"mapping": {"packed_projections": True}}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("call", ["self", "cross", "three inputs", "no weights", "no batch"])
+def test_a_packed_weight_is_one_site_where_the_config_says_so(call, batch_first):
+    given = nn.MultiheadAttention(8, 2)
+    exact = analogfx.analogize(given, merged(IDENTITY, PACKED), strict=True)
+    assert_same(CALLS[call](exact), CALLS[call](given), exact=False)
+
+    model = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    twin, analog = twins(model, merged(DYNAMO_CONFIGS["everything"], PACKED))
+    for seed in range(2):
+        results = []
+        for run in (twin, analog):
+            called = turned(run) if batch_first and call != "no batch" else run
+            torch.manual_seed(seed)
+            results.append(CALLS[call](called)[0])
+        assert_same(*results)
+    assert_same(ranges(twin), ranges(analog))
+    assert {n for n in ranges(analog) if n.endswith("input_range")} == {
+        "input_range", "out_proj.input_range",
+    }  # fmt: skip
+
+
+def test_a_packed_weight_is_one_site_in_the_fused_encoder_too():
+    rules = {"self_attn": merged(QUIET, PACKED), "*": QUIET}
+    twin, analog = twins(encoder(), rules)
+    x = torch.randn(3, 5, 8)
+    assert_same(step(twin, x, 0), step(analog, x, 0), exact=False)
+    assert_same(evaluated(twin, x), evaluated(analog, x), exact=False)
+    assert_same(ranges(twin), ranges(analog))
+    assert "self_attn.input_range" in ranges(twin)
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])

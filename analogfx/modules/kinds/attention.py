@@ -20,7 +20,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """What ``nn.MultiheadAttention.forward`` computes, with its arguments and shapes."""
     if self.batch_first:
-        query, key, value = swapped(query), swapped(key), swapped(value)
+        query, key, value = sequences_first(query, key, value)
     out, weights = F.multi_head_attention_forward(
         query,
         key,
@@ -47,6 +47,15 @@ def forward(
         is_causal=is_causal,
     )
     return swapped(out) if self.batch_first else out, weights
+
+
+@torch.fx.wrap
+def sequences_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, L, E) as (L, N, E), each; what was one tensor is one afterwards."""
+    q = swapped(query)
+    k = q if key is query else swapped(key)
+    v = q if value is query else k if value is key else swapped(value)
+    return q, k, v
 
 
 @torch.fx.wrap
