@@ -156,10 +156,17 @@ def test_a_subclass_that_calls_torchs_forward_is_analog():
     assert all(s.status == "analog" for s in sites)
 
 
+class Any(nn.MultiheadAttention):
+    """Takes whatever it is given, which no trace follows."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
 def test_a_subclass_that_cannot_be_traced_is_listed():
-    kind = type("Any", (nn.MultiheadAttention,), {"forward": lambda self, *args: args[0]})
-    report = analogfx.report(analogfx.analogize(kind(8, 2), IDENTITY))
-    assert report.sites[0].status == "digital" and "*args" in report.sites[0].reason
+    report = analogfx.report(analogfx.analogize(Any(8, 2), IDENTITY))
+    (site,) = [s for s in report.sites if s.name == "in_proj_weight"]
+    assert site.status == "digital" and "*args" in site.reason
 
 
 class Pool(nn.Module):
