@@ -89,10 +89,11 @@ class DynamoContext(Context):
 
     def _module(self, product: Node, node: Node) -> nn.Module:
         """The module that multiplies, its child whose product it is, or the weight's owner."""
+        owner = self._owner(node).module  # guarded, whichever module multiplies
         if product not in self.modules:
             module = dynamo.module_of(product, dynamo.example(node))
             child = None if module is None else self._child(module, product)
-            self.modules[product] = child or module or self._owner(node).module
+            self.modules[product] = child or module or owner
         return self.modules[product]
 
     def _child(self, module: nn.Module, product: Node) -> nn.Module | None:

@@ -6,8 +6,6 @@ import itertools
 import warnings
 from typing import Any
 
-import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._guards import TracingContext
@@ -34,6 +32,12 @@ _MANY = 32
 """Programs of one module that are probably one for every value of something."""
 _KEPT = 256
 """Programs of one module that are kept; those built first go first."""
+
+
+def _constant_in_dynamo(function: Any) -> Any:
+    """``torch.compiler.assume_constant_result``, which would import the compiler for its mark."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _key(pattern: Pattern) -> tuple[Any, ...]:
@@ -199,7 +203,7 @@ class Placement:
             found = self._late[key]
         return found
 
-    @torch._dynamo.assume_constant_result
+    @_constant_in_dynamo
     def _first_use(
         self, module: nn.Module, key: tuple[bool, tuple[Any, ...]], pattern: Pattern
     ) -> bool:
