@@ -6,6 +6,7 @@ read it under these names, which are Lightning's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +87,12 @@ class StateNames:
 
     prefix: str = ""
     """What tells the site from others of its module."""
+    suffix: str = ""
+    """The same behind the name, as Lightning has it for recurrent layers."""
 
     def of(self, variable: Variable) -> str:
         """The name of one variable."""
-        return self.prefix + variable.name
+        return self.prefix + variable.name + self.suffix
 
     @property
     def input_range(self) -> str:  # noqa: D102
@@ -108,10 +111,17 @@ class StateNames:
         return tuple(map(self.of, VARIABLES))
 
 
+_RECURRENT = re.compile(r"weight(_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)")
+"""Names of the weights of recurrent layers and cells."""
+
+
 def state_names(parameters: Sequence[str]) -> list[StateNames]:
     """Lightning's names for the only site of a module; several are told apart by their weight."""
     if len(parameters) == 1:
         return [StateNames()]
+    recurrent = [_RECURRENT.fullmatch(parameter) for parameter in parameters]
+    if all(recurrent) and len(set(parameters)) == len(parameters):
+        return [StateNames(suffix=match[1]) for match in recurrent if match]
     names: list[StateNames] = []
     for parameter in parameters:
         stem, number = parameter.replace(".", "_") + "_", 1

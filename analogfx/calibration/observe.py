@@ -15,7 +15,8 @@ from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.capture import Pattern, bind, capture, pattern_of
+from analogfx.modules.capture import Pattern, capture, pattern_of
+from analogfx.modules.driven import bound
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program
 from analogfx.passes import pipeline
@@ -105,7 +106,7 @@ def watching(
             placement = module._analog
             assert isinstance(placement, Placement)
             graph = _watched_graph(module, variant(placement.resolved), pattern, watch)
-            graphs[id(program)] = program, bind(graph)
+            graphs[id(program)] = program, bound(module, graph)
         return graphs[id(program)][1]
 
     before: list[tuple[AnalogModule, Placement]] = []

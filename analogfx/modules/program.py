@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
@@ -16,12 +17,13 @@ from analogfx.config import Resolved
 from analogfx.errors import CaptureError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
+from analogfx.modules.driven import Apart, bound, is_driven, made_ready
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
 from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
-from analogfx.state import StateNames
+from analogfx.state import COUNT, INPUT_RANGE, StateNames
 
 _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
@@ -123,16 +125,49 @@ def _build(
         _write(debug_dir, itertools.count(), "capture", graph, 0)
     pipeline.run(pipeline.EXPLICIT, graph, context, after)
     sites = tuple(_analog_site(site) for site in context.sites)
-    explicit = bind(graph)
+    apart = _apart(sites, config, training)
+    explicit = bound(module, graph, apart)
     pipeline.run(pipeline.FUSED, graph, context, after)
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
     decisions = tuple(pipeline.decisions(graph))
-    run, held = bind(graph), None
+    run, held = bound(module, graph, apart), None
     if not training and sites and None not in lowered:
         pipeline.run((hold,), graph, context)
-        held = bind(graph)
+        held = bound(module, graph, apart)
+        if is_driven(module):
+            specs = [one.spec for one in lowered if one is not None]
+            pairs = zip(sites, specs, strict=True)
+            run = made_ready(run, held, tuple((s.weight, s.state.clip, spec) for s, spec in pairs))
     return Program(explicit, run, decisions, sites, lowered, readers, held)
+
+
+def _apart(sites: Sequence[AnalogSite], config: Resolved | None, training: bool) -> Apart:
+    """When the calls that a site's inputs are spread over change its numbers.
+
+    They do while noise of the weights is drawn and while statistics are taken, once for each call,
+    and where a range's gradient has a decay, once for each call.
+    """
+
+    def apart(module: nn.Module, number: int) -> bool:
+        if config is None:
+            return False
+        if training and config.noise_std:
+            return True
+        if not (sites and config.has_state):
+            return False
+        names = sites[number].state
+        if training and _may_count(getattr(module, names.of(COUNT)), config.init_from_data):
+            return True
+        learns: bool = getattr(module, names.of(INPUT_RANGE)).requires_grad
+        return bool(config.decay) and learns and torch.is_grad_enabled()
+
+    return apart
+
+
+def _may_count(count: Tensor, init_from_data: int) -> bool:
+    """Whether a training forward may take statistics; not read from a GPU, which would wait."""
+    return init_from_data > 0 and (count.device.type != "cpu" or bool((count < init_from_data).any()))
 
 
 def check_same_sites(first: Program, second: Program) -> None:

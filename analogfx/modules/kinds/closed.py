@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from analogfx.modules.kinds import FORWARDS
+
 _CLOSED: dict[type[Any], str] = {
     nn.MultiheadAttention: "nn.MultiheadAttention reads its projections in one fused call",
-    nn.RNNBase: "recurrent layers run in one fused call",
-    nn.RNNCellBase: "recurrent cells run in one fused call",
+    nn.RNNBase: "its class has a forward of its own around a recurrent layer's one fused call",
+    nn.RNNCellBase: "its class has a forward of its own around a recurrent cell's one fused call",
     nn.Bilinear: "a bilinear form is not a matrix-vector product",
     _ConvTransposeNd: "transposed convolutions are not mapped to tiles",
     LazyModuleMixin: "a lazy module has no weight yet: run the model once, then analogize it",
@@ -20,4 +22,7 @@ _CLOSED: dict[type[Any], str] = {
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module stays digital with all that is inside it; None for one whose graph decides."""
+    cls = type(module)
+    if getattr(cls, "digital_forward", cls.forward) in FORWARDS:
+        return None
     return next((why for kind, why in _CLOSED.items() if isinstance(module, kind)), None)

@@ -1,0 +1,139 @@
+"""A driven module's graph as the calls that its driver makes.
+
+What is traced of such a module is a tuple of products, each of an input of its own. A graph of
+them is cut into one for each product, whatever the passes made of it: explicit, fused, watched, or
+on what a chip holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from analogfx.held import Held
+from analogfx.kernels import held
+from analogfx.kernels.spec import MVMSpec
+from analogfx.modules.capture import bind, forward_of
+from analogfx.modules.kinds import DRIVERS
+
+Apart = Callable[[nn.Module, int], bool]
+"""Whether the numbers of a product of a module depend on which calls its inputs are spread over."""
+
+
+def is_driven(module: nn.Module) -> bool:
+    """Whether a driver calls a module's products."""
+    return forward_of(module) in DRIVERS
+
+
+def bound(
+    module: nn.Module, graph: Graph, apart: Apart = lambda module, number: True
+) -> Callable[..., Any]:
+    """A graph's code as the forward of modules like one: their first argument is the module.
+
+    Args:
+        apart: see :data:`Apart`; for a driven module.
+    """
+    driver = DRIVERS.get(forward_of(module))
+    if driver is None:
+        return bind(graph)
+    runs = [bind(piece) for piece in pieces(graph)]
+    leading = len(graph.find_nodes(op="placeholder")) - 1
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return driver(module, _Calls(module, runs, args[:leading], apart), args[leading:], kwargs)
+
+    return run
+
+
+class _Calls:
+    """The products of one call of a driven module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        runs: list[Callable[..., Any]],
+        given: tuple[Any, ...],
+        apart: Apart,
+    ) -> None:
+        self._module, self._runs, self._given, self._apart = module, runs, given, apart
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        y: Tensor = self._runs[number](self._module, *self._given, x)
+        return y
+
+    def apart(self, number: int) -> bool:
+        return self._apart(self._module, number)
+
+
+def pieces(graph: Graph) -> list[Graph]:
+    """A driven module's graph, cut: one graph for each product, whose last input is its own.
+
+    A node without users, such as one that stores a range, goes to the product whose input it needs.
+    """
+    *_, inputs = graph.find_nodes(op="placeholder")
+    (output,) = graph.find_nodes(op="output")
+    sinks = [n for n in graph.nodes if not n.users and n.op not in ("placeholder", "output")]
+    made = []
+    for number, product in enumerate(output.args[0]):
+        mine = [n for n in inputs.users if n.args[1] == number]
+        kept = _ancestors([product])
+        for sink in sinks:
+            needed = _ancestors([sink])
+            kept |= needed if needed.intersection(mine) else set()
+        made.append(_piece(graph, kept, inputs, mine, product))
+    return made
+
+
+def _piece(
+    graph: Graph, kept: set[Node], inputs: Node, mine: list[Node], product: Node
+) -> Graph:
+    piece = Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node in mine:
+            copies[node] = copies[inputs]
+        elif node in kept or node.op == "placeholder":
+            copies[node] = piece.node_copy(node, copies.__getitem__)
+    piece.output(copies[product])
+    return piece
+
+
+def _ancestors(nodes: list[Node]) -> set[Node]:
+    """Nodes and all that they are computed from."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def made_ready(
+    run: Callable[..., Any],
+    on_held: Callable[..., Any],
+    sites: tuple[tuple[Callable[[nn.Module], Tensor], str, MVMSpec], ...],
+) -> Callable[..., Any]:
+    """A driven forward for inference: what its tiles hold is made once a call, not once a step.
+
+    Args:
+        run: the forward, for a call with gradients or one that is traced.
+        on_held: the forward on what tiles hold, its second argument.
+        sites: of every site its weight, the name of its learned clips, and its scalars.
+    """
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return run(module, *args, **kwargs)
+        holdings = tuple(
+            Held(*held.asked_for(weight(module), getattr(module, clip, None), spec), None)
+            for weight, clip, spec in sites
+        )
+        return on_held(module, holdings, *args, **kwargs)
+
+    return forward
