@@ -75,7 +75,20 @@ def _drive(
     module: Any, products: Products, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     with _InPlaceOfFused(module, products):
-        return module.digital_forward(*args, **kwargs)
+        return type(module).digital_forward(_WithoutFlatWeights(module), *args, **kwargs)
+
+
+class _WithoutFlatWeights:
+    """A layer as its own forward sees it, which is not to gather its weights: nobody reads them."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def _update_flat_weights(self) -> None:
+        pass
 
 
 class _InPlaceOfFused(TorchFunctionMode):
