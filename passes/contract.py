@@ -96,6 +96,8 @@ class Context:
     gradients: bool = True
     """Whether the graph may be asked for gradients."""
     sites: list[Site] = field(default_factory=list)
+    delegated: list[str] = field(default_factory=list)
+    """Paths of children that compute products in the place of the module's own code."""
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     """(pass, node, reason) where a pass could have fired and did not."""
 
@@ -106,6 +108,10 @@ class Context:
     def training_of(self, product: Node) -> bool:
         """The mode that a canonical product's module is in."""
         return self.training
+
+    def child_of(self, product: Node) -> str | None:
+        """The path of the child whose own product a canonical product is; None for no child's."""
+        return None
 
     def attribute(self, graph: Graph, site: Site, name: str) -> Any:
         """What stands for an attribute of the site's module, at the insertion point."""
@@ -122,6 +128,12 @@ class Context:
     def note(self, decided_by: str, node: Node, reason: str) -> None:
         """Say why a pass left a node as it is."""
         self.notes.append((decided_by, node.name, reason))
+
+
+def is_canonical(node: Node) -> bool:
+    """Whether a node is a product with a parameter in the form that ``normalize`` gives it."""
+    known = node.target is F.linear or node.target in CONVOLUTIONS
+    return node.op == "call_function" and known and weight_value(node.args[1]) is not None
 
 
 def split_sizes(size: int, limit: int) -> list[int]:

@@ -206,7 +206,9 @@ def normalize(graph: Graph, context: Context) -> int:
         if rule is None:
             name = _unmapped_product(node)
             if name:
-                refuse(node, name, "no tile computes this product", "normalize")
+                packed = "the lengths of packed sequences are values: analogize() makes it analog"
+                reason = packed if name in _RECURRENT else "no tile computes this product"
+                refuse(node, name, reason, "normalize")
             continue
         kind, rewrite = rule
         if not weights:

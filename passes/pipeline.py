@@ -8,7 +8,9 @@ from torch.fx import Graph
 
 from analogfx.passes.contract import Context, Decision, decisions_of
 from analogfx.passes.convert_once import convert_once
+from analogfx.passes.delegate import delegate
 from analogfx.passes.epilogue import epilogue
+from analogfx.passes.expand import expand
 from analogfx.passes.freeze import freeze
 from analogfx.passes.insert import insert
 from analogfx.passes.lower import lower
@@ -22,7 +24,14 @@ from analogfx.passes.skip_identity import skip_identity
 
 Pass = Callable[[Graph, Context], int]
 
-EXPLICIT: tuple[Pass, ...] = (normalize, select, insert, map_tiles)
+EXPLICIT: tuple[Pass, ...] = (
+    expand,
+    normalize,
+    delegate,
+    select,
+    insert,
+    map_tiles,
+)
 """From a captured graph to one node for every role."""
 
 FUSED: tuple[Pass, ...] = (lower,)

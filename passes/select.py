@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
@@ -15,6 +14,7 @@ from analogfx.passes.contract import (
     Context,
     Decision,
     Site,
+    is_canonical,
     refuse,
     split_sizes,
 )
@@ -68,10 +68,7 @@ def select(graph: Graph, context: Context) -> int:
     products = [
         n
         for n in graph.nodes
-        if n.op == "call_function"
-        and (n.target is F.linear or n.target in CONVOLUTIONS)
-        and weight_value(n.args[1]) is not None
-        and not {"site", "decision", "made"} & n.meta.keys()
+        if is_canonical(n) and not {"site", "decision", "made"} & n.meta.keys()
     ]
     chosen = []
     for node in products:

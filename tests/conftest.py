@@ -30,6 +30,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def fresh_dynamo(one_thread):
+    """No graphs of other tests, which count for Dynamo's limit of graphs for one function."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--full-matrix",

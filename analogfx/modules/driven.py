@@ -7,18 +7,20 @@ on what a chip holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from analogfx.config import Resolved
 from analogfx.held import Held
 from analogfx.kernels import held
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import bind, forward_of
 from analogfx.modules.kinds import DRIVERS
+from analogfx.state import COUNT, StateNames
 
 Apart = Callable[[nn.Module, int], bool]
 """Whether the numbers of a product of a module depend on which calls its inputs are spread over."""
@@ -47,6 +49,36 @@ def bound(
         return driver(module, _Calls(module, runs, args[:leading], apart), args[leading:], kwargs)
 
     return run
+
+
+def spread(states: Sequence[StateNames], config: Resolved | None, training: bool) -> Apart:
+    """When the calls that a site's inputs are spread over change its numbers.
+
+    They do while noise of the weights is drawn and while statistics are taken, once for each call,
+    and where a range's gradient has a decay, once for each call.
+    """
+
+    def apart(module: nn.Module, number: int) -> bool:
+        if config is None:
+            return False
+        if training and config.noise_std:
+            return True
+        if not (states and config.has_state):
+            return False
+        names = states[number]
+        if training and _may_count(getattr(module, names.of(COUNT)), config.init_from_data):
+            return True
+        learns: bool = getattr(module, names.input_range).requires_grad
+        return bool(config.decay) and learns and torch.is_grad_enabled()
+
+    return apart
+
+
+def _may_count(count: Tensor, init_from_data: int) -> bool:
+    """Whether a training forward may take statistics; not read from a GPU, which would wait."""
+    return init_from_data > 0 and (
+        count.device.type != "cpu" or bool((count < init_from_data).any())
+    )
 
 
 class _Calls:

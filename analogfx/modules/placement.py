@@ -6,8 +6,11 @@ import itertools
 import warnings
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._guards import TracingContext
 
 from analogfx import held
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
@@ -61,6 +64,8 @@ class Placement:
         self.takes_constants = False
         self.unset: set[str] = set()
         """State that takes its initial value from weights that were not there yet."""
+        self._late: dict[tuple[bool, Any], Program] = {}
+        """Programs built on their first use, where Dynamo looks when that is in its trace."""
         self._readers: tuple[str, ...] = ()
         self._read: list[Any] = []
 
@@ -101,6 +106,7 @@ class Placement:
         self.takes_constants = takes_constants(module)
         pattern = _key(default_pattern(module))
         self.programs = {(True, pattern): train, (False, pattern): evaluate}
+        self._late = {}
         self._readers = tuple(dict.fromkeys(train.readers + evaluate.readers))
         self.watch(module)
 
@@ -188,27 +194,36 @@ class Placement:
         """
         key = training, _key(pattern)
         found = self.programs.get(key)
-        return self._first_use(module, key, pattern) if found is None else found
+        if found is None:
+            self._first_use(module, key, pattern)
+            found = self._late[key]
+        return found
 
+    @torch._dynamo.assume_constant_result
     def _first_use(
         self, module: nn.Module, key: tuple[bool, tuple[Any, ...]], pattern: Pattern
-    ) -> Program:
+    ) -> bool:
+        """Build a program; where Dynamo traces the call, it runs this as it is."""
         with TRACING:  # another thread may be at it
-            if key in self.programs:
-                return self.programs[key]
-            made = build(module, self.resolved, key[0], pattern)
-            check_same_sites(next(iter(self.programs.values())), made)
+            made = self.programs.get(key) or self._late.get(key)
+            if made is None:
+                made = build(module, self.resolved, key[0], pattern)
+                check_same_sites(next(iter(self.programs.values())), made)
+            self._late[key] = made
+            if TracingContext.try_get() is not None:
+                return True  # Dynamo has seen that ``programs`` lacks it, and guards that
             self.programs = dict(itertools.islice(self.programs.items(), 2)) | dict(
                 itertools.islice(self.programs.items(), max(2, len(self.programs) - _KEPT), None)
             )
             self.programs[key] = made
+            self._late = {key: p for key, p in self._late.items() if key in self.programs}
         if len(self.programs) == _MANY:
             warnings.warn(
                 f"{self.name or type(module).__name__}: traced for {_MANY} combinations of "
                 "mode and constant arguments; pass what varies as a tensor",
                 stacklevel=6,
             )
-        return made
+        return True
 
     # ------------------------------------------------------------------------------------- a call
 
@@ -250,13 +265,14 @@ class Placement:
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
         twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
-        own = {"programs": dict(self.programs), "unset": set(self.unset)} | {"number": twin.number}
-        twin.__dict__.update(self.__dict__ | {"config": twin.config} | own)
+        own = {"programs": dict(self.programs), "unset": set(self.unset), "_late": {}}
+        new = {"config": twin.config, "number": twin.number}
+        twin.__dict__.update(self.__dict__ | new | own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the programs, which are built again after unpickling."""
-        return self.__dict__ | {"config": self.config.to_dict(), "programs": {}}
+        return self.__dict__ | {"config": self.config.to_dict(), "programs": {}, "_late": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, config=TorchInferenceRPUConfig.from_dict(state["config"]))

@@ -95,7 +95,7 @@ def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
             _leave(plan, name, module, chosen, str(error))
         return
     _list(plan, name, train.decisions, chosen)
-    if chosen.config is not None and train.sites:
+    if chosen.config is not None and (train.sites or train.delegates):
         placement = Placement(name, copy.deepcopy(chosen.config))
         placement.adopt(module, train, evaluate)
         plan.placements[name] = placement

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
@@ -17,13 +17,14 @@ from analogfx.config import Resolved
 from analogfx.errors import CaptureError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
-from analogfx.modules.driven import Apart, bound, is_driven, made_ready
+from analogfx.modules.children import child_of
+from analogfx.modules.driven import bound, is_driven, made_ready, spread
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
 from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
-from analogfx.state import COUNT, INPUT_RANGE, StateNames
+from analogfx.state import StateNames
 
 _explicit = False
 """Whether analog modules run their explicit graphs, see :class:`explicit_level`."""
@@ -69,12 +70,27 @@ class Program:
     """What every site was lowered to; None for a chain that stayed explicit."""
     readers: tuple[str, ...]
     """Paths of the modules whose parameters the forward reads, from the module; it comes first."""
+    delegates: bool
+    """Whether children compute products in the place of the module's own code."""
     held: Callable[..., Any] | None = None
     """The fused forward on what a chip holds, as its second argument; None in training."""
 
 
+@dataclass
 class _ModuleContext(Context):
     """Answers for a graph that runs with the module itself as ``self``."""
+
+    module: nn.Module = field(default_factory=nn.Module)
+
+    def child_of(self, product: Node) -> str | None:
+        """By the parameters that the product's operands are, as they are."""
+        weight, bias = (self._parameter(a) for a in product.args[1:3])
+        return child_of(self.module, product, weight, bias)
+
+    def _parameter(self, operand: Any) -> Any:
+        """The parameter that an operand is; anything else as it is."""
+        direct = isinstance(operand, Node) and operand.op == "get_attr"
+        return operator.attrgetter(str(operand.target))(self.module) if direct else operand
 
     def path(self, graph: Graph, site: Site) -> Node:
         """Read from the placement: modules of other paths share the graph."""
@@ -116,16 +132,15 @@ def _build(
     debug_dir: Path | None,
 ) -> Program:
     graph = capture(module, training, pattern)
-    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
-    readers = tuple({"": True} | read)
-    context = _ModuleContext(config, training)
+    context = _ModuleContext(config, training, module=module)
     after = None
     if debug_dir is not None:
         after = functools.partial(_write, debug_dir, itertools.count(1))
         _write(debug_dir, itertools.count(), "capture", graph, 0)
     pipeline.run(pipeline.EXPLICIT, graph, context, after)
     sites = tuple(_analog_site(site) for site in context.sites)
-    apart = _apart(sites, config, training)
+    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
+    apart = spread([s.state for s in sites], config, training)
     explicit = bound(module, graph, apart)
     pipeline.run(pipeline.FUSED, graph, context, after)
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
@@ -139,35 +154,8 @@ def _build(
             specs = [one.spec for one in lowered if one is not None]
             pairs = zip(sites, specs, strict=True)
             run = made_ready(run, held, tuple((s.weight, s.state.clip, spec) for s, spec in pairs))
-    return Program(explicit, run, decisions, sites, lowered, readers, held)
-
-
-def _apart(sites: Sequence[AnalogSite], config: Resolved | None, training: bool) -> Apart:
-    """When the calls that a site's inputs are spread over change its numbers.
-
-    They do while noise of the weights is drawn and while statistics are taken, once for each call,
-    and where a range's gradient has a decay, once for each call.
-    """
-
-    def apart(module: nn.Module, number: int) -> bool:
-        if config is None:
-            return False
-        if training and config.noise_std:
-            return True
-        if not (sites and config.has_state):
-            return False
-        names = sites[number].state
-        if training and _may_count(getattr(module, names.of(COUNT)), config.init_from_data):
-            return True
-        learns: bool = getattr(module, names.of(INPUT_RANGE)).requires_grad
-        return bool(config.decay) and learns and torch.is_grad_enabled()
-
-    return apart
-
-
-def _may_count(count: Tensor, init_from_data: int) -> bool:
-    """Whether a training forward may take statistics; not read from a GPU, which would wait."""
-    return init_from_data > 0 and (count.device.type != "cpu" or bool((count < init_from_data).any()))
+    readers, delegates = tuple({"": True} | read), bool(context.delegated)
+    return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 
 
 def check_same_sites(first: Program, second: Program) -> None:

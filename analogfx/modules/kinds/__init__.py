@@ -13,11 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from analogfx.modules.kinds import cells, recurrent
+from torch import nn
+
+from analogfx.modules.kinds import attention, cells, recurrent
 
 Forward = Callable[..., Any]
 
-FORWARDS: Mapping[Forward, Forward] = {**cells.FORWARDS, **recurrent.FORWARDS}
+FORWARDS: Mapping[Forward, Forward] = {
+    nn.MultiheadAttention.forward: attention.forward,
+    **cells.FORWARDS,
+    **recurrent.FORWARDS,
+}
 """What is traced, by the forward that it stands for."""
 
 DRIVERS: Mapping[Forward, recurrent.Driver] = recurrent.DRIVERS

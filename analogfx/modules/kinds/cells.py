@@ -1,8 +1,4 @@
-"""Recurrent cells: two products, and gates between them that stay digital.
-
-The formulas and the order of the gates are torch's (``nn.LSTMCell``, ``nn.GRUCell``,
-``nn.RNNCell``), and AIHWKIT-Lightning's (``nn/modules/rnn/cells.py``).
-"""
+"""Recurrent cells, in products and gates of :mod:`analogfx.passes.cells`."""
 
 from __future__ import annotations
 
@@ -13,35 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = tuple[Tensor, ...]
-"""(h,), or (h, c) of an LSTM, each (..., hidden size)."""
-
-Gates = Callable[[Tensor, Tensor, State], State]
-"""The next state from the product of the input, the product of h, and the state before."""
-
-
-def lstm(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
-    """An LSTM's next state: (o tanh(c'), c') with c' = f c + i g; gates in the order i, f, g, o."""
-    i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def gru(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
-    """A GRU's next state: n + z (h - n), n = tanh(n_x + r n_h); gates in the order r, z, n."""
-    (r_x, z_x, n_x), (r_h, z_h, n_h) = gates_x.chunk(3, dim=-1), gates_h.chunk(3, dim=-1)
-    new = torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h)
-    return (new + torch.sigmoid(z_x + z_h) * (state[0] - new),)
-
-
-def vanilla_tanh(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
-    """A plain recurrent layer's next state."""
-    return (torch.tanh(gates_x + gates_h),)
-
-
-def vanilla_relu(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
-    """The same with relu."""
-    return (torch.relu(gates_x + gates_h),)
+from analogfx.passes.cells import gru, lstm, vanilla_relu, vanilla_tanh
 
 
 def _lstm_cell(self: Any, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from analogfx.modules.kinds import FORWARDS
 
 _CLOSED: dict[type[Any], str] = {
-    nn.MultiheadAttention: "nn.MultiheadAttention reads its projections in one fused call",
     nn.RNNBase: "its class has a forward of its own around a recurrent layer's one fused call",
     nn.RNNCellBase: "its class has a forward of its own around a recurrent cell's one fused call",
     nn.Bilinear: "a bilinear form is not a matrix-vector product",

@@ -1,11 +1,22 @@
 import pytest
 import torch
-from compiled import QUIET, assert_same, compiled, evaluated, ranges, report_of, step
+from compiled import (
+    DYNAMO_CONFIGS,
+    QUIET,
+    assert_same,
+    compiled,
+    evaluated,
+    ranges,
+    report_of,
+    step,
+    twins,
+)
 from samples import IDENTITY
 from torch import nn
 
 import analogfx
-from analogfx.backend.attention import expand_attention
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 X, Y = torch.randn(5, 3, 8), torch.randn(4, 3, 8)
 CAUSAL = torch.ones(5, 5).triu(1).bool()
@@ -36,24 +47,66 @@ def test_taken_apart_it_is_what_torch_computes(call, options):
     model = nn.MultiheadAttention(8, 2, **options)
     if model.in_proj_bias is not None:
         nn.init.normal_(model.in_proj_bias)
-    twin = compiled(model, IDENTITY)
+    taken_apart = twins(model, IDENTITY)
     outputs = []
-    for run in (model, twin):
+    for run in (model, *taken_apart):
         torch.manual_seed(1)
         outputs.append(CALLS[call](run))
     assert_same(outputs[1], outputs[0], exact=False)
-    hinted = call == "causal" and "add_bias_kv" in options  # which torch computes another way
-    assert analogfx.report(twin).coverage == (0 if hinted else 1)
+    assert_same(outputs[2], outputs[0], exact=False)
+    assert [analogfx.report(twin).coverage for twin in taken_apart] == [1, 1]
 
 
 def test_projections_of_their_own_widths():
     model = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)
-    twin = compiled(model, IDENTITY)
     inputs = torch.randn(2, 5, 8), torch.randn(2, 3, 6), torch.randn(2, 3, 4)
-    assert_same(twin(*inputs), model(*inputs), exact=False)
-    assert {n: s for n, (s, _) in report_of(twin).items()} == dict.fromkeys(
-        ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"], "analog"
-    )
+    for twin in twins(model, IDENTITY):
+        assert_same(twin(*inputs), model(*inputs), exact=False)
+        assert {n: s for n, (s, _) in report_of(twin).items()} == dict.fromkeys(
+            ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"], "analog"
+        )
+
+
+@pytest.mark.parametrize("call", ["self", "cross", "three inputs", "no weights"])
+def test_both_front_ends_give_the_same_sites_numbers_and_ranges(call):
+    model = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    twin, analog = twins(model, DYNAMO_CONFIGS["everything"])
+    for seed in range(3):
+        results = []
+        for run in (twin, analog):
+            torch.manual_seed(seed)
+            out = CALLS[call](run)[0]
+            run.zero_grad()
+            out.square().sum().backward()
+            results.append([out, *(p.grad for p in model_of(run).parameters() if p.dim() > 1)])
+        assert_same(*results)
+    assert_same(ranges(twin), ranges(analog))
+    assert {n for n in ranges(analog) if n.endswith("input_range")} == {
+        "in_proj_weight_input_range", "in_proj_weight_2_input_range",
+        "in_proj_weight_3_input_range", "out_proj.input_range",
+    }  # fmt: skip
+    sites = [sorted(map(str, analogfx.report(m).sites)) for m in (twin, analog)]
+    assert sites[0] == sites[1]
+    for run in (twin, analog):
+        run.eval()
+    with torch.no_grad():
+        assert_same(CALLS[call](twin), CALLS[call](analog))
+
+
+def model_of(twin):
+    return getattr(twin, "_orig_mod", twin)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_masks_of_another_shape_are_refused_as_in_torch(name):
+    analog = analogfx.analogize(nn.MultiheadAttention(8, 2), IDENTITY)
+    mask = torch.zeros(2, 4).bool()
+    with pytest.raises(RuntimeError, match=rf"shape of {name} is \(2, 4\), but"):
+        analog(X, X, X, **{name: mask})
+    with pytest.raises(RuntimeError, match="Need attn_mask"):
+        analog(X, X, X, is_causal=True)
+    with pytest.raises(RuntimeError, match=r"attn_mask is \(2, 5, 5\), but should be \(6, 5"):
+        analog(X, X, X, attn_mask=torch.zeros(2, 5, 5))
 
 
 class Static(nn.MultiheadAttention):
@@ -94,17 +147,25 @@ def test_the_fused_encoder_layer_is_the_slow_one(options, mask):
 
 
 def test_the_same_products_are_analog_on_every_way_through_an_encoder_layer():
-    twin = compiled(encoder(), QUIET)
+    twin, analog = twins(encoder(), QUIET)
     x = torch.randn(3, 5, 8)
-    step(twin, x, 0)
+    assert_same(step(twin, x, 0), step(analog, x, 0), exact=False)
     before = ranges(twin)
-    assert {n.removesuffix(".input_range") for n in before if n.endswith("input_range")} == {
-        "self_attn", "self_attn.out_proj", "linear1", "linear2",
-    }  # fmt: skip
+    assert_same(before, ranges(analog))
     fused = evaluated(twin, x)
     assert_same(ranges(twin), before)
     assert_same(fused, twin(x).detach(), exact=False)
+    assert_same(fused, evaluated(analog, x), exact=False)
 
 
-def test_other_graphs_are_left_alone():
-    assert expand_attention(torch.fx.symbolic_trace(nn.Linear(2, 2)).graph) == 0
+@pytest.mark.parametrize("mask", [None, "attn_mask", "key_padding_mask", "both"])
+def test_the_fused_attention_is_the_slow_one(mask):
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    twin = compiled(model, IDENTITY)
+    x = torch.randn(3, 5, 8)
+    masks = {"attn_mask": CAUSAL, "key_padding_mask": PADDING}
+    given = masks if mask == "both" else {k: v for k, v in masks.items() if k == mask}
+    slow = model(x, x, x, **given)  # gradients are on
+    with torch.no_grad():
+        assert_same(twin(x, x, x, **given), slow, exact=False)
+    assert analogfx.report(twin).coverage == 1
