@@ -201,8 +201,10 @@ def normalize(graph: Graph, context: Context) -> int:
         rule = _RULES.get(node.target) if node.op in ("call_function", "call_method") else None
         weights = [n for n in node.all_input_nodes if weight_value(n) is not None]
         cut = any("cut_from" in n.meta for n in node.all_input_nodes)
-        if not (weights or cut) or {"stationary", "cut_from", "decision"} & node.meta.keys():
+        if not (weights or cut) or {"stationary", "decision"} & node.meta.keys():
             continue  # no parameter in it, or nothing but parameters, or decided already
+        if "cut_from" in node.meta and rule is None:
+            continue  # what a weight is cut by; a product with a constant looks alike
         if rule is None:
             name = _unmapped_product(node)
             if name:

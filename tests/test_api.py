@@ -366,8 +366,6 @@ def test_scripted_modules_stay_digital_and_are_reported():
 
 
 CLOSED = {
-    "nn.LSTM": (lambda: nn.LSTM(4, 3), {"weight_ih_l0", "weight_hh_l0"}),
-    "nn.GRUCell": (lambda: nn.GRUCell(4, 3), {"weight_ih", "weight_hh"}),
     "nn.Bilinear": (lambda: nn.Bilinear(3, 4, 2), {"weight"}),
     "nn.ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 3, 3), {"weight"}),
     "nn.LazyLinear": (lambda: nn.LazyLinear(4), {"weight", "bias"}),
@@ -389,8 +387,12 @@ def test_closed_layers_stay_digital_and_the_report_says_so(name):
 
 
 def test_a_closed_layer_computes_as_before():
+    class Own(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)
+
     torch.manual_seed(0)
-    digital = nn.LSTM(8, 2).eval()
+    digital = Own(8, 2).eval()
     analog = analogfx.analogize(digital, COARSE)
     x = torch.randn(3, 2, 8)
     assert torch.equal(analog(x)[0], digital(x)[0])

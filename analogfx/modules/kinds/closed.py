@@ -21,7 +21,8 @@ _CLOSED: dict[type[Any], str] = {
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module stays digital with all that is inside it; None for one whose graph decides."""
+    why = next((why for kind, why in _CLOSED.items() if isinstance(module, kind)), None)
     cls = type(module)
-    if getattr(cls, "digital_forward", cls.forward) in FORWARDS:
-        return None
-    return next((why for kind, why in _CLOSED.items() if isinstance(module, kind)), None)
+    # A kind's class is told by its forward; that of an analog module is behind this name.
+    known = why is not None and getattr(cls, "digital_forward", cls.forward) in FORWARDS
+    return None if known else why
