@@ -45,7 +45,9 @@ def vanilla_relu(gates_x: Tensor, gates_h: Tensor, state: State) -> State:
     return (torch.relu(gates_x + gates_h),)
 
 
-def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+def _lstm_cell(
+    input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+) -> Any:
     state = hx[0], hx[1]
     return as_one(*lstm(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state))
 

@@ -120,9 +120,7 @@ def pieces(graph: Graph) -> list[Graph]:
     return made
 
 
-def _piece(
-    graph: Graph, kept: set[Node], inputs: Node, mine: list[Node], product: Node
-) -> Graph:
+def _piece(graph: Graph, kept: set[Node], inputs: Node, mine: list[Node], product: Node) -> Graph:
     piece = Graph()
     copies: dict[Node, Node] = {}
     for node in graph.nodes:

@@ -22,6 +22,7 @@ from analogfx.passes.recurrent import GATES, Even, Layers, Packed, Products, run
 
 Driver = Callable[[nn.Module, Products, tuple[Any, ...], dict[str, Any]], Any]
 
+
 def _products(self: Any, inputs: Any) -> tuple[Tensor, ...]:
     """The products of every layer and direction, in the order of the module's weights."""
     return tuple(
@@ -45,9 +46,7 @@ def _weights(module: Any) -> list[tuple[str, str | None]]:
 
 
 @_disable_dynamo
-def _drive(
-    module: Any, products: Products, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _drive(module: Any, products: Products, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _InPlaceOfFused(module, products):
         return type(module).digital_forward(_WithoutFlatWeights(module), *args, **kwargs)
 

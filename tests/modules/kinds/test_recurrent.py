@@ -229,8 +229,9 @@ def test_noise_is_drawn_for_every_weight_in_every_time_step():
         drawn.append(analogfx.kernels.noise.normal(*args).clone())
         return drawn[-1].clone()
 
-    with mock.patch.object(weights, "noise", mock.Mock(normal=normal)), mock.patch(
-        "analogfx.kernels.linear.noise", mock.Mock(normal=normal)
+    with (
+        mock.patch.object(weights, "noise", mock.Mock(normal=normal)),
+        mock.patch("analogfx.kernels.linear.noise", mock.Mock(normal=normal)),
     ):
         found = analog(X)[0]
     # Ours: of every step of x's product, then of h's: the weights, and outputs of every tile.
