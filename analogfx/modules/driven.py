@@ -8,18 +8,19 @@ on what a chip holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
-from analogfx.held import Held
-from analogfx.kernels import held
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels import prepared
+from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.modules.capture import bind, forward_of
 from analogfx.modules.kinds import DRIVERS
+from analogfx.ops import operands
 from analogfx.state import COUNT, StateNames
 
 Apart = Callable[[nn.Module, int], bool]
@@ -45,8 +46,11 @@ def bound(
     runs = [bind(piece) for piece in pieces(graph)]
     leading = len(graph.find_nodes(op="placeholder")) - 1
 
+    @_disable_dynamo
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return driver(module, _Calls(module, runs, args[:leading], apart), args[leading:], kwargs)
+        return driver.run(
+            module, _Calls(module, runs, args[:leading], apart), args[leading:], kwargs
+        )
 
     return run
 
@@ -144,26 +148,62 @@ def _ancestors(nodes: list[Node]) -> set[Node]:
     return found
 
 
+class ReadySite(NamedTuple):
+    """What inference needs to know of one product of a driven module."""
+
+    weight: Callable[[nn.Module], Tensor]
+    state: StateNames
+    spec: MVMSpec
+
+
 def made_ready(
-    run: Callable[..., Any],
-    on_held: Callable[..., Any],
-    sites: tuple[tuple[Callable[[nn.Module], Tensor], str, MVMSpec], ...],
+    module: nn.Module, run: Callable[..., Any], sites: list[ReadySite]
 ) -> Callable[..., Any]:
     """A driven forward for inference: what its tiles hold is made once a call, not once a step.
 
     Args:
-        run: the forward, for a call with gradients or one that is traced.
-        on_held: the forward on what tiles hold, its second argument.
-        sites: of every site its weight, the name of its learned clips, and its scalars.
+        module: of the kind.
+        run: the forward for a call with gradients, or one that is traced.
     """
+    driver = DRIVERS[forward_of(module)]
 
+    @_disable_dynamo
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run(module, *args, **kwargs)
-        holdings = tuple(
-            Held(*held.asked_for(weight(module), getattr(module, clip, None), spec), None)
-            for weight, clip, spec in sites
-        )
-        return on_held(module, holdings, *args, **kwargs)
+        names = zip(sites, driver.biases(module), strict=True)
+        ready = _Ready([_operands(module, site, bias) for site, bias in names])
+        return driver.run(module, ready, args, kwargs)
 
     return forward
+
+
+class _Ready:
+    """The products of one call in inference."""
+
+    def __init__(self, operands: list[tuple[Any, ...]]) -> None:
+        self._operands = operands
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        weight, adc, bias, input_range, spec = self._operands[number]
+        return prepared.linear(
+            operands.autocast(x), weight, adc, bias, None, input_range, None, spec
+        )
+
+    def apart(self, number: int) -> bool:
+        return False
+
+
+def _operands(module: nn.Module, site: ReadySite, name: str | None) -> tuple[Any, ...]:
+    """What ``prepared.linear`` takes besides the input."""
+    spec = encode(site.spec)
+    weight, clip = operands.autocast(site.weight(module)), getattr(module, site.state.clip, None)
+    held, scale = prepared.prepare(weight, clip, spec)
+    input_range = getattr(module, site.state.input_range, None)
+    input_range = None if input_range is None else input_range.abs()
+    adc = scale if site.spec.out_bound else None
+    if adc is not None and input_range is not None:
+        adc = prepared.limits(adc, input_range, spec)
+    bias = None if name is None else operands.autocast(getattr(module, name))
+    # Few rows meet a matrix: a product reads columns of it twice as fast as rows.
+    return held.t().contiguous().t(), adc, bias, input_range, spec

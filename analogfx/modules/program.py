@@ -18,7 +18,7 @@ from analogfx.errors import CaptureError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.modules.children import child_of
-from analogfx.modules.driven import bound, is_driven, made_ready, spread
+from analogfx.modules.driven import ReadySite, bound, is_driven, made_ready, spread
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -151,9 +151,9 @@ def _build(
         pipeline.run((hold,), graph, context)
         held = bound(module, graph, apart)
         if is_driven(module):
-            specs = [one.spec for one in lowered if one is not None]
-            pairs = zip(sites, specs, strict=True)
-            run = made_ready(run, held, tuple((s.weight, s.state.clip, spec) for s, spec in pairs))
+            pairs = zip(sites, lowered, strict=True)
+            ready = [ReadySite(s.weight, s.state, f.spec) for s, f in pairs if f is not None]
+            run = made_ready(module, run, ready)
     readers, delegates = tuple({"": True} | read), bool(context.delegated)
     return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 

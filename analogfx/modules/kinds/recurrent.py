@@ -9,18 +9,23 @@ these layers are driven: the trace shows the products alone, and the driver runs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from analogfx.passes.cells import State
 from analogfx.passes.recurrent import GATES, Even, Layers, Packed, Products, run
 
 
-Driver = Callable[[nn.Module, Products, tuple[Any, ...], dict[str, Any]], Any]
+class Driver(NamedTuple):
+    """What calls the products of a driven module."""
+
+    run: Callable[[nn.Module, Products, tuple[Any, ...], dict[str, Any]], Any]
+    """The forward: of a module, its products, and the arguments of a call."""
+    biases: Callable[[nn.Module], list[str | None]]
+    """The names of the products' biases, None for one without."""
 
 
 def _products(self: Any, inputs: Any) -> tuple[Tensor, ...]:
@@ -45,7 +50,6 @@ def _weights(module: Any) -> list[tuple[str, str | None]]:
     return names
 
 
-@_disable_dynamo
 def _drive(module: Any, products: Products, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _InPlaceOfFused(module, products):
         return type(module).digital_forward(_WithoutFlatWeights(module), *args, **kwargs)
@@ -103,4 +107,6 @@ def _as_tuple(states: Any) -> State:
 FORWARDS: dict[Callable[..., Any], Callable[..., Any]] = {
     layer.forward: _products for layer in (nn.LSTM, nn.GRU, nn.RNN)
 }
-DRIVERS: dict[Callable[..., Any], Driver] = {_products: _drive}
+DRIVERS: dict[Callable[..., Any], Driver] = {
+    _products: Driver(_drive, lambda module: [bias for _, bias in _weights(module)])
+}

@@ -7,7 +7,6 @@ import torch
 from aihwkit_lightning.nn.conversion import convert_to_analog
 from aihwkit_lightning.simulator.configs import (
     TorchInferenceRPUConfig,
-    WeightClipType,
     WeightNoiseInjectionType,
     WeightQuantizationType,
 )
