@@ -16,8 +16,8 @@ from torch._compile import _disable_dynamo
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
-from analogfx.kernels import prepared
-from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.kernels import prepared, ready
+from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import bind, forward_of
 from analogfx.modules.kinds import DRIVERS
 from analogfx.ops import operands
@@ -172,8 +172,8 @@ def made_ready(
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run(module, *args, **kwargs)
         names = zip(sites, driver.biases(module), strict=True)
-        ready = _Ready([_operands(module, site, bias) for site, bias in names])
-        return driver.run(module, ready, args, kwargs)
+        products = _Ready([_made(module, site, bias) for site, bias in names])
+        return driver.run(module, products, args, kwargs)
 
     return forward
 
@@ -181,29 +181,23 @@ def made_ready(
 class _Ready:
     """The products of one call in inference."""
 
-    def __init__(self, operands: list[tuple[Any, ...]]) -> None:
-        self._operands = operands
+    def __init__(self, sites: list[ready.Ready]) -> None:
+        self._sites = sites
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
-        weight, adc, bias, input_range, spec = self._operands[number]
-        return prepared.linear(
-            operands.autocast(x), weight, adc, bias, None, input_range, None, spec
-        )
+        # Autocast has had its say about the operands: nothing below may be cast again.
+        x = operands.autocast(x)
+        with torch._C._ExcludeDispatchKeyGuard(prepared.AUTOCAST):
+            return ready.linear(x, self._sites[number])
 
     def apart(self, number: int) -> bool:
         return False
 
 
-def _operands(module: nn.Module, site: ReadySite, name: str | None) -> tuple[Any, ...]:
-    """What ``prepared.linear`` takes besides the input."""
-    spec = encode(site.spec)
-    weight, clip = operands.autocast(site.weight(module)), getattr(module, site.state.clip, None)
-    held, scale = prepared.prepare(weight, clip, spec)
+def _made(module: nn.Module, site: ReadySite, name: str | None) -> ready.Ready:
+    """A site's product, ready. ``name`` is its bias's in the module."""
+    weight = operands.autocast(site.weight(module))
+    bias = None if name is None else operands.autocast(getattr(module, name))
     input_range = getattr(module, site.state.input_range, None)
     input_range = None if input_range is None else input_range.abs()
-    adc = scale if site.spec.out_bound else None
-    if adc is not None and input_range is not None:
-        adc = prepared.limits(adc, input_range, spec)
-    bias = None if name is None else operands.autocast(getattr(module, name))
-    # Few rows meet a matrix: a product reads columns of it twice as fast as rows.
-    return held.t().contiguous().t(), adc, bias, input_range, spec
+    return ready.make(weight, bias, input_range, getattr(module, site.state.clip, None), site.spec)

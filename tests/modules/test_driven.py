@@ -4,7 +4,7 @@ from samples import EVERYTHING, IDENTITY, after, merged, ranged
 from torch import nn
 
 import analogfx
-from analogfx.kernels import prepared
+from analogfx.kernels import ready
 from analogfx.modules.driven import is_driven, pieces, spread
 from analogfx.passes import pipeline
 from analogfx.state import StateNames
@@ -61,8 +61,8 @@ def test_inputs_are_spread_over_calls_only_where_calls_count(name):
 
 def test_inference_makes_what_tiles_hold_once_a_call(monkeypatch):
     made = []
-    prepare = prepared.prepare
-    monkeypatch.setattr(prepared, "prepare", lambda *args: made.append(1) or prepare(*args))
+    make = ready.make
+    monkeypatch.setattr(ready, "make", lambda *args: made.append(1) or make(*args))
     analog = analogfx.analogize(nn.LSTM(3, 4), EVERYTHING).eval()
     with torch.no_grad():
         analog(torch.randn(7, 2, 3))
