@@ -7,6 +7,7 @@ from analogfx.backend.state import backend_state
 from analogfx.calibration import calibrate
 from analogfx.checkpoint import digital_state_dict, load, save
 from analogfx.config import (
+    ExpertRange,
     InputRangeParameter,
     IOParameters,
     MappingParameter,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Device",
+    "ExpertRange",
     "IOParameters",
     "InputRangeParameter",
     "Lifetime",

@@ -1,9 +1,10 @@
 """The RPU config: what the analog hardware does to a weight-stationary product.
 
 The dataclasses, fields, defaults and enumerations are those of aihwkit-lightning 2.1.0's
-``TorchInferenceRPUConfig``, under the same names; `MappingParameter.max_output_size` is new. A
-field refuses an unknown name and a wrong type on assignment. Whether the fields fit together is
-decided by `resolve`, which turns a config into the plain scalars that all later layers read.
+``TorchInferenceRPUConfig``, under the same names; `MappingParameter.max_output_size` and
+`MappingParameter.experts` are new. A field refuses an unknown name and a wrong type on assignment.
+Whether the fields fit together is decided by `resolve`, which turns a config into the plain scalars
+that all later layers read.
 
 A resolution (``inp_res``, ``out_res``, ``res``) above 1 is a number of steps over the full range,
 one in (0, 1] is the step as a fraction of it, and anything else means no quantization. `bits` gives
@@ -74,6 +75,15 @@ class WeightModifierType(Enum):
     ADD_NORMAL_PER_CHANNEL = "AddNormalPerChannel"
     DISCRETIZE_ADD_NORMAL = "DiscretizeAddNormal"
     DISCRETIZE_ADD_NORMAL_PER_CHANNEL = "DiscretizeAddNormalPerChannel"
+
+
+class ExpertRange(Enum):
+    """Whose inputs an input range of a layer of experts is for. aihwkit-lightning has no such."""
+
+    SHARED = "shared"
+    """Those of all experts: one range for the layer."""
+    OWN = "own"
+    """Those of one expert: as many ranges as experts."""
 
 
 @dataclass
@@ -148,6 +158,8 @@ class MappingParameter(_Section, path="mapping"):
     """Largest number of rows, that is of inputs."""
     max_output_size: int = -1
     """Largest number of columns, that is of outputs. aihwkit-lightning never splits them."""
+    experts: ExpertRange = ExpertRange.SHARED
+    """Whose input range a layer of experts has. By the value, too: ``"shared"`` or ``"own"``."""
 
 
 @dataclass
@@ -307,6 +319,8 @@ class Resolved:
     """At most 0: one tile."""
     max_output_size: int
     """At most 0: one tile."""
+    own_expert_ranges: bool
+    """Whether each matrix of a layer of experts has an input range of its own."""
     range_mode: str
     """``"none"``, ``"static"``, ``"fast"`` or ``"dynamic"``."""
     learn_range: bool
@@ -377,6 +391,7 @@ def resolve(config: object) -> Resolved:
     return Resolved(
         max_input_size=config.mapping.max_input_size,
         max_output_size=config.mapping.max_output_size,
+        own_expert_ranges=config.mapping.experts is ExpertRange.OWN,
         range_mode=mode,
         learn_range=mode in ("static", "fast") and ranges.learn_input_range,
         init_value=ranges.init_value,

@@ -30,15 +30,19 @@ class Variable:
     trained: Callable[[Resolved], bool] | None = None
     """Whether it asks for gradients; None for a buffer, which never does."""
     per_output: bool = False
-    """Of shape (tiles, outputs); else (tiles,), where tiles are those along the inputs."""
+    """Of shape (tiles, outputs), with the tiles along the inputs; else of that of the ranges."""
     counts: bool = False
     """Of dtype int64; else float64 for a weight in float64 and float32 for all others."""
     across_ranks: str = "mean"
     """What makes one value of those that data-parallel ranks saw: "mean", "min" or "max"."""
 
-    def shape(self, tiles: int, outputs: int) -> tuple[int, ...]:
-        """Its shape for a number of tiles along the inputs and a number of outputs."""
-        return (tiles, outputs) if self.per_output else (tiles,)
+    def shape(self, ranges: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+        """Its shape for a site of some outputs.
+
+        Args:
+            ranges: shape of the site's ranges: (tiles,), or (experts, tiles).
+        """
+        return (ranges[-1], outputs) if self.per_output else ranges
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         """Its dtype beside a weight of some dtype."""

@@ -16,15 +16,21 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from analogfx import ops  # noqa: F401 (registers the dialect)
 from analogfx.config import Resolved
 from analogfx.passes.stationary import weight_value
 from analogfx.state import StateNames
 
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 """The canonical convolutions and their spatial axes."""
+
+
+EXPERTS: Any = torch.ops.analogfx.digital_experts.default
+"""The canonical product of a layer of experts: ``(x (N, I), W (E, O, I), bias, offsets (E,))``."""
 
 
 class Refused(Exception):
@@ -75,11 +81,20 @@ class Site:
     rearranged: bool
     """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Node = field(compare=False)
-    """The canonical weight: (O, I) of a linear product, torch's layout of a convolution."""
+    """The canonical weight: (O, I) of a linear product, (E, O, I) of experts, torch's layout of a
+    convolution."""
     product: Node = field(compare=False)
     """The canonical product that the site replaces."""
     config: Resolved = field(compare=False)
     training: bool = field(compare=False)
+    experts: int = 0
+    """Matrices of which every row takes one; 0 for a product of one matrix, or of groups."""
+
+    @property
+    def range_shape(self) -> tuple[int, ...]:
+        """Of the site's input ranges: (tiles,), or (experts, tiles) where each has its own."""
+        own = self.experts and self.config.own_expert_ranges
+        return (self.experts, len(self.in_sizes)) if own else (len(self.in_sizes),)
 
 
 @dataclass
@@ -142,7 +157,9 @@ def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
     One op may multiply by several matrices, as a recurrent layer does: the largest is what the
     node is reported by, the others follow it.
     """
-    operands = [n.meta.get("cut_from", n) for n in node.all_input_nodes]
+    operands = [
+        n.meta.get("cut_from", n.meta.get("gathered_from", n)) for n in node.all_input_nodes
+    ]
     weights = [n for n in operands if weight_value(n) is not None]
     weights.sort(key=lambda n: n.meta["stationary"].numel(), reverse=True)
     matrices = [n for n in weights[1:] if n.meta["stationary"].dim() > 1]

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from analogfx.config import Resolved
 from analogfx.passes.contract import (
     CONVOLUTIONS,
+    EXPERTS,
     Context,
     Decision,
     Site,
@@ -69,7 +70,7 @@ def select(graph: Graph, context: Context) -> int:
         n
         for n in graph.nodes
         if n.op == "call_function"
-        and (n.target is F.linear or n.target in CONVOLUTIONS)
+        and (n.target in (F.linear, EXPERTS) or n.target in CONVOLUTIONS)
         and weight_value(n.args[1]) is not None
         and not {"site", "decision", "made"} & n.meta.keys()
     ]
@@ -94,8 +95,10 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
     assert config is not None
     value: torch.Tensor = weight.meta["stationary"]
     groups = arguments[6] if node.target in CONVOLUTIONS else 1
-    in_sizes = split_sizes(math.prod(value.shape[1:]), config.max_input_size)
-    out_sizes = split_sizes(value.shape[0], config.max_output_size)
+    experts = value.shape[0] if node.target is EXPERTS else 0
+    outputs, *inputs = value.shape[1:] if experts else value.shape
+    in_sizes = split_sizes(math.prod(inputs), config.max_input_size)
+    out_sizes = split_sizes(outputs, config.max_output_size) * max(experts, 1)
     decision = Decision(
         name=weight.meta["parameter"],
         kind=node.meta["kind"],
@@ -117,4 +120,5 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
         node,
         config,
         context.training_of(node),
+        experts,
     )

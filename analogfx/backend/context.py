@@ -97,7 +97,7 @@ class DynamoContext(Context):
         position = graph.find_nodes(op="placeholder").index(node)
         weight, module = dynamo.example(node), self._module(site.product, node)
         place = self.names.locate(weight, module)
-        slot = Slot(derivation(site.weight), len(site.in_sizes), site.config, place)
+        slot = Slot(derivation(site.weight), site.range_shape, site.config, place)
         if (position, slot) not in self.slots:
             own = place.parts(str(node.meta["parameter"]))[1]
             home = self.names.home(weight, place) or Home(module, own)

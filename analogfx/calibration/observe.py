@@ -32,13 +32,15 @@ Observer = Callable[[AnalogModule, int], Callable[..., Any]]
 def inputs(graph: Graph, site: Site) -> None:
     """Show an observer the rows of a site's tiles: (..., I), or (..., groups, I) in groups.
 
-    Of a convolution these are the patches, zeros of the padding included. The product goes on
-    with what the observer returns.
+    Of a convolution these are the patches, zeros of the padding included. Of experts, (N, I), it is
+    told the offsets, too. The product goes on with what the observer returns.
     """
-    last = [n for n in made_for(graph, site) if role(n) == "input"][-1]
+    nodes = made_for(graph, site)
+    last = [n for n in nodes if role(n) == "input"][-1]
     readers = [user for user in last.users if role(user) != "output"]
-    with graph.inserting_before(last.next):
-        shown = _show(graph, site, last)
+    offsets = [n for n in nodes if role(n) == "offsets"]
+    with graph.inserting_before((offsets or [last])[-1].next):
+        shown = _show(graph, site, last, *offsets)
     for reader in readers:
         reader.replace_input_with(last, shown)
 

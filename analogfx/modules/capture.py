@@ -31,7 +31,7 @@ from torch.fx.proxy import ParameterProxy, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analogfx.errors import CaptureError
-from analogfx.modules.kinds import FORWARDS
+from analogfx.modules.kinds import traced
 from analogfx.modules.stand_in import StandIn
 from analogfx.passes.stationary import mark_stationary
 
@@ -43,7 +43,8 @@ _CONSTANT = (type(None), bool, int, float, str)
 # What a forward must mention to multiply anything by a parameter.
 _PRODUCTS = {
     "linear", "bilinear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot",
-    "conv1d", "conv2d", "conv3d", "inner", "mv", "dot", "_grouped_mm", "grouped_mm",
+    "conv1d", "conv2d", "conv3d", "inner", "mv", "dot",
+    "_grouped_mm", "grouped_mm", "grouped_linear",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_dot", "chain_matmul",
     "scaled_dot_product_attention", "multi_head_attention_forward",
 }  # fmt: skip
@@ -56,7 +57,7 @@ def forward_of(module: nn.Module) -> Any:
     """
     cls = type(module)
     own = getattr(cls, "digital_forward", None) or getattr(cls, "forward", None)
-    return FORWARDS.get(own, own) if isinstance(own, FunctionType) else own
+    return traced(own) if isinstance(own, FunctionType) else own
 
 
 def mentions_product(module: nn.Module) -> bool:

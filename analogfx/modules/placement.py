@@ -80,7 +80,7 @@ class Placement:
         return [
             "torch: its chain of ops is not one that lower knows"
             if lowered is None
-            else dispatch.chosen(site.weight(module), lowered.spec, lowered.is_conv)
+            else dispatch.chosen(site.weight(module), lowered.spec, lowered.op)
             for program in itertools.islice(found, 1)
             for site, lowered in zip(program.sites, program.lowered, strict=True)
         ]
@@ -154,7 +154,10 @@ class Placement:
         before = self.sites
         if len(before) != len(train.sites):
             raise other_sites(before, train.sites)
-        sizes = [[(s.state, s.in_sizes, s.out_sizes) for s in ss] for ss in (before, train.sites)]
+        sizes = [
+            [(s.state, s.in_sizes, s.out_sizes, s.range_shape) for s in ss]
+            for ss in (before, train.sites)
+        ]
         if sizes[0] != sizes[1]:
             fit_state(module, before, train.sites, self.resolved)
         self.adopt(module, train, evaluate)

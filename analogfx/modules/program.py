@@ -52,7 +52,16 @@ class AnalogSite:
     rearranged: bool
     """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Callable[[nn.Module], Tensor]
-    """Gives the product's weight for a module: (O, I), or torch's layout of a convolution."""
+    """Gives the product's weight for a module: (O, I), (E * O, I) of experts, or torch's layout of
+    a convolution."""
+    experts: int = 0
+    """Matrices of which every row takes one; 0 for a product of one matrix, or of groups."""
+    range_shape: tuple[int, ...] = ()
+    """Of the site's input ranges: (tiles,), or (experts, tiles) where each has its own."""
+
+    def matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The matrices (O, I) that a weight consists of: one, or one for every expert."""
+        return weight.flatten(1).chunk(max(self.experts, 1))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class Lowered(NamedTuple):
     """The fused op of one site."""
 
     spec: MVMSpec
-    is_conv: bool
+    op: str
+    """"linear", "conv" or "experts"."""
 
 
 def build(
@@ -125,7 +135,7 @@ def _build(
     sites = tuple(_analog_site(site) for site in context.sites)
     explicit = bind(graph)
     pipeline.run(pipeline.FUSED, graph, context, after)
-    fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
+    fused = {f.node.meta["made"][0]: Lowered(f.spec, f.op) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
     decisions = tuple(pipeline.decisions(graph))
     run, held = bind(graph), None
@@ -155,7 +165,7 @@ def other_sites(first: Sequence[AnalogSite], second: Sequence[AnalogSite]) -> Ca
 
 
 def _identity(program: Program) -> list[tuple[Any, ...]]:
-    return [(s.name, s.state, s.in_sizes, s.out_sizes, s.groups) for s in program.sites]
+    return [(s.name, s.state, s.in_sizes, s.out_sizes, s.groups, s.experts) for s in program.sites]
 
 
 def _write(folder: Path, numbers: Iterator[int], name: str, graph: Graph, count: int) -> None:
@@ -172,12 +182,17 @@ def _analog_site(site: Site) -> AnalogSite:
         site.groups,
         site.state,
         site.rearranged,
-        _weight_function(site.weight),
+        _weight_function(site.weight, bool(site.experts)),
+        site.experts,
+        site.range_shape,
     )
 
 
-def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
-    """The part of a graph that computes a weight from the module's parameters."""
+def _weight_function(weight: Node, of_experts: bool) -> Callable[[nn.Module], Tensor]:
+    """The part of a graph that computes a weight from the module's parameters.
+
+    The matrices of experts become one, whose rows are those of one expert after another.
+    """
     graph = Graph()
     copies: dict[Node, Node] = {}
 
@@ -187,5 +202,6 @@ def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
             copies[node] = graph.node_copy(node, copy)
         return copies[node]
 
-    graph.output(copy(weight))
+    value = copy(weight)
+    graph.output(graph.call_method("flatten", (value, 0, 1)) if of_experts else value)
     return bind(graph)

@@ -18,7 +18,7 @@ from compiled import (
     step,
     twins,
 )
-from samples import IDENTITY, LAYERS, TILES, layer_and_input, merged, mlp, product
+from samples import ALL_LAYERS, IDENTITY, TILES, layer_and_input, merged, mlp, product
 from torch import nn
 
 import analogfx
@@ -82,7 +82,7 @@ def test_it_is_behind_inductor_too():
 
 
 @pytest.mark.parametrize("config", [QUIET, DYNAMO_CONFIGS["everything, dynamic"]])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ALL_LAYERS)
 def test_every_kind_of_layer(layer, config):
     module, x = layer_and_input(layer)
     assert_equal_runs(module, x, config, "eager")
@@ -448,10 +448,10 @@ def test_functional_products_become_analog(forward, parameters):
 
 
 def test_what_no_tile_computes_is_refused_with_a_reason():
-    model = product(lambda self, x: torch.bmm(x, self.w), dtype=torch.float32, w=(2, 3, 4))
+    model = product(lambda self, x: x @ self.w, dtype=torch.float32, w=(1, 2, 3, 4))
     twin = compiled(model, QUIET)
     twin(torch.randn(2, 5, 3))
-    assert report_of(twin) == {"w": ("digital", "no tile computes this product")}
+    assert report_of(twin) == {"w": ("digital", "the weight has 4 dimensions, a tile has 2")}
 
 
 def test_a_weight_of_a_parametrization():
