@@ -2,6 +2,7 @@
 
 from analogfx import chip, errors, recipes
 from analogfx.api import analogize, to_digital
+from analogfx.audit import audit
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
 from analogfx.calibration import calibrate
@@ -46,6 +47,7 @@ __all__ = [
     "WeightNoiseInjectionType",
     "WeightQuantizationType",
     "analogize",
+    "audit",
     "backend_state",
     "bits",
     "calibrate",

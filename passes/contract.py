@@ -13,6 +13,7 @@ bring parameters and buffers in, see ``stationary.py``; that is all a pass knows
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,8 @@ class Decision:
     reason: str
     decided_by: str
     """Name of the pass."""
+    where: str = ""
+    """File and line of the statement, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class SiteReport(Decision):
 
     asked: bool = False
     """Whether the config itself leaves the product digital."""
+    parameter: str = ""
+    """Path of the parameter in the model."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,19 @@ def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
             status="digital",
             reason=reason,
             decided_by=decided_by,
+            where=where_of(node),
         )
         for weight in (weights[0], *matrices)
     )
+
+
+def where_of(node: Node) -> str:
+    """File and line of the statement that made a node, empty if nobody noted it."""
+    if "where" in node.meta:
+        return str(node.meta["where"])
+    # A compiler notes the whole stack, the statement itself last.
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else ""
 
 
 def decisions_of(node: Node) -> list[Decision]:
@@ -166,7 +181,7 @@ def decisions_of(node: Node) -> list[Decision]:
     return [meta["decision"], *meta.get("further_decisions", ())] if "decision" in meta else []
 
 
-_ORIGIN = ("nn_module_stack", "from_fused", "recompute", "ac_graph_id")
+_ORIGIN = ("nn_module_stack", "from_fused", "recompute", "ac_graph_id", "where", "stack_trace")
 
 
 def keep_origin(node: Node, origin: Node) -> None:

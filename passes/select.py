@@ -17,6 +17,7 @@ from analogfx.passes.contract import (
     Site,
     refuse,
     split_sizes,
+    where_of,
 )
 from analogfx.passes.stationary import sources, weight_value
 from analogfx.state import StateNames, state_names
@@ -104,6 +105,7 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
         status="analog",
         reason="",
         decided_by="select",
+        where=where_of(node),
     )
     return Site(
         decision,

@@ -11,10 +11,12 @@ import dis
 import inspect
 import itertools
 import linecache
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -200,7 +202,23 @@ class _OwnForward(Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _modes() != self.modes:
             raise RuntimeError("it switches gradients or autocast on or off")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.op != "output":
+            node.meta["where"] = _statement()
+        return node
+
+
+_INNER = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+
+
+def _statement() -> str:
+    """File and line that runs, the innermost outside torch and this package."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_INNER):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 class _NoDraws(TorchDispatchMode):

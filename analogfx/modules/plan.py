@@ -144,7 +144,9 @@ def _site_report(path: str, decision: Decision, several: bool, left: Chosen | No
         status=decision.status,
         reason=left.reason if left else decision.reason,
         decided_by=decision.decided_by,
+        where=decision.where,
         asked=left is not None and left.asked,
+        parameter=".".join(filter(None, (path, decision.name))),
     )
 
 
@@ -169,6 +171,7 @@ def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -
                 reason=chosen.reason if chosen.config is None else why,
                 decided_by="capture",
                 asked=chosen.asked,
+                parameter=".".join(filter(None, (path, name))),
             )
         )
 
