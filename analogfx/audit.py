@@ -233,6 +233,16 @@ _PRODUCTS = {
 }  # fmt: skip
 """ATen's ops that multiply matrices, below those that are made of others."""
 
+_ATTENTION = slice(0, 3)
+_BEHIND_ADDEND = slice(1, 3)
+_FACTORS = {
+    **dict.fromkeys(("linear", "mkldnn_linear", "convolution", "_convolution"), slice(0, 2)),
+    **dict.fromkeys(("addmm", "_addmm_activation", "baddbmm", "addbmm", "addmv"), _BEHIND_ADDEND),
+    **dict.fromkeys((name for name in _PRODUCTS if "attention" in name), _ATTENTION),
+    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), slice(None)),
+}
+"""Which of an op's tensors are multiplied, where others are added: biases and masks."""
+
 _KNOWN_SPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional"}
 """Namespaces of which all products are known; any op of another one may hold a product."""
 
@@ -307,6 +317,8 @@ class _Watch(TorchDispatchMode):
         self, func: OpOverload, given: list[Tensor], origins: list[_Origin | None], ours: bool
     ) -> bool:
         """Note a product; say whether it was one of a weight and what is none."""
+        factors = _FACTORS.get(func._schema.name.partition("::")[2], slice(None))
+        given, origins = given[factors], origins[factors]
         weights = [
             origin
             for tensor, origin in zip(given, origins, strict=True)
@@ -338,7 +350,9 @@ class _Watch(TorchDispatchMode):
         """Take down what the results of an op come from."""
         first = origins[0] if origins else None
         origin: _Origin | None
-        if name in _CHOOSING and first and first.matrices and given[0].dim() > 2:
+        if name == "embedding":  # a look-up is an activation, though its positions be constants
+            origin = None
+        elif name in _CHOOSING and first and first.matrices and given[0].dim() > 2:
             origin = first
         elif None in origins:
             origin = None

@@ -16,7 +16,7 @@ from analogfx import tables
 from analogfx.choose import Chosen
 from analogfx.errors import PlacementError
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.capture import mentions_product
+from analogfx.modules.capture import may_multiply
 from analogfx.modules.plan import make_plan, site_name
 from analogfx.modules.sites import unwrapped
 from analogfx.passes.contract import SiteReport
@@ -250,7 +250,7 @@ def _multiplies(module: nn.Module) -> bool:
     home = type(module).__module__
     if home.startswith("torch.nn.modules."):
         return home not in _NO_PRODUCTS
-    return mentions_product(module)
+    return may_multiply(module)
 
 
 _NO_PRODUCTS = {f"torch.nn.modules.{name}" for name in ("sparse", "normalization", "batchnorm")}

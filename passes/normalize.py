@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from analogfx.passes import harmless
 from analogfx.passes.contract import (
     CONVOLUTIONS,
     Context,
@@ -185,6 +186,15 @@ _DIGITAL: dict[Any, str] = {
 }
 
 
+_UNKNOWN = "it may multiply by this weight, in code that no pass knows"
+
+
+def _is_matrix(node: Node) -> bool:
+    """Whether a value is, or is cut from, a weight of two dimensions or more."""
+    value = weight_value(node.meta.get("cut_from", node))
+    return value is not None and value.dim() > 1
+
+
 _RECURRENT = {"gru", "lstm", "rnn_relu", "rnn_tanh"}
 """torch's functions that run a whole recurrent layer, by name: they are torch._VF's."""
 
@@ -207,10 +217,13 @@ def normalize(graph: Graph, context: Context) -> int:
             name = _unmapped_product(node)
             if name:
                 refuse(node, name, "no tile computes this product", "normalize")
+            elif any(_is_matrix(n) for n in node.all_input_nodes) and harmless.consumes(node):
+                refuse(node, harmless.plain_name(node.target), _UNKNOWN, "normalize")
             continue
         kind, rewrite = rule
         if not weights:
-            refuse(node, kind, "the weight is cut by the input's shape", "normalize")
+            why = next(n.meta["cut_why"] for n in node.all_input_nodes if "cut_why" in n.meta)
+            refuse(node, kind, why, "normalize")
             continue
         before = node.prev
         try:

@@ -72,7 +72,7 @@ def select(graph: Graph, context: Context) -> int:
         if n.op == "call_function"
         and (n.target is F.linear or n.target in CONVOLUTIONS)
         and weight_value(n.args[1]) is not None
-        and not {"site", "decision", "made"} & n.meta.keys()
+        and not {"site", "decision", "made", "stationary"} & n.meta.keys()
     ]
     chosen = []
     for node in products:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.capture import (
     default_pattern,
     forward_of,
-    mentions_product,
+    may_multiply,
+    multiplied,
     reads_weights,
 )
 from analogfx.modules.kinds.closed import refusal
@@ -75,11 +76,12 @@ def make_plan(model: nn.Module, chosen: Mapping[str, Chosen], debug_dir: Path | 
 
 def _may_multiply(module: nn.Module) -> bool:
     """Whether to look at a module's graph for products."""
-    if isinstance(module, _SITE_CLASSES) or mentions_product(module):
+    if isinstance(module, _SITE_CLASSES) or may_multiply(module):
         return True
     # A product may hide in code that its own does not name; torch's other layers are known.
     known = type(module).__module__.startswith("torch.nn.modules.")
-    return not known and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    own = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    return not known and (own or reads_weights(module))
 
 
 def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
@@ -91,8 +93,7 @@ def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
         check_same_sites(train, evaluate)
         _check_names(module, train)
     except CaptureError as error:
-        if mentions_product(module):
-            _leave(plan, name, module, chosen, str(error))
+        _leave(plan, name, module, chosen, str(error), multiplied(module))
         return
     _list(plan, name, train.decisions, chosen)
     if chosen.config is not None and train.sites:
@@ -150,16 +151,25 @@ def _site_report(path: str, decision: Decision, several: bool, left: Chosen | No
     )
 
 
-def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -> None:
-    """Report every matrix of a module that stays digital as a whole."""
-    closed = refusal(module) is not None
+def _leave(
+    plan: Plan,
+    path: str,
+    module: nn.Module,
+    chosen: Chosen,
+    why: str,
+    names: Collection[str] | None = None,
+) -> None:
+    """Report matrices of a module that stay digital.
+
+    Args:
+        names: of the matrices, from the module; None for all that it and what is inside it hold.
+    """
     shapes = {
         name: () if nn.parameter.is_lazy(p) else tuple(p.shape)
-        for name, p in module.named_parameters(recurse=closed)
+        for name, p in module.named_parameters()
+        if names is None or name in names
     }
     matrices = {name: shape for name, shape in shapes.items() if len(shape) != 1}
-    if not matrices and reads_weights(module):
-        matrices = {"": ()}  # of a child, it seems; its shape is not to be known
     for name, shape in matrices.items():
         plan.reports.setdefault(path, []).append(
             SiteReport(

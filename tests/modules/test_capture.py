@@ -11,7 +11,7 @@ from analogfx.modules.capture import (
     bind,
     capture,
     default_pattern,
-    mentions_product,
+    may_multiply,
     pattern_of,
     takes_constants,
 )
@@ -49,16 +49,16 @@ MENTIONS = {
 
 @pytest.mark.parametrize("name", MENTIONS)
 def test_a_forward_that_could_hold_a_product_is_traced(name):
-    assert mentions_product(product(MENTIONS[name], w=(4, 6)))
+    assert may_multiply(product(MENTIONS[name], w=(4, 6)))
 
 
 def test_a_method_that_the_forward_calls_counts():
-    assert mentions_product(Method())
+    assert may_multiply(Method())
 
 
 @pytest.mark.parametrize("module", [nn.ReLU(), nn.LayerNorm(3), nn.Sequential(), nn.Dropout()])
 def test_what_multiplies_nothing_is_not(module):
-    assert not mentions_product(module)
+    assert not may_multiply(module)
 
 
 # ------------------------------------------------------------------------------------ the graph
@@ -221,7 +221,7 @@ def test_a_forward_of_the_instance_is_refused():
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_a_forward_that_is_no_function_is_refused():
     scripted = torch.jit.script(nn.Linear(2, 2))
-    assert mentions_product(scripted)
+    assert may_multiply(scripted)
     with pytest.raises(CaptureError, match="not a Python function"):
         captured(scripted)
 
