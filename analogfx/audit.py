@@ -61,6 +61,8 @@ class Audit:
     products: tuple[Product, ...] = field(repr=False)
     report: Report = field(repr=False)
     """The report that the run is compared with."""
+    idle: tuple[SiteReport, ...] = field(repr=False)
+    """Sites that the report calls analog, and that the run did not multiply by."""
 
     @property
     def missed(self) -> tuple[Product, ...]:
@@ -82,14 +84,6 @@ class Audit:
         digital = {p.parameters for p in self.products if p.status == "digital"}
         total = sum(sizes.values())
         return 1.0 - sum(sizes[names] for names in digital) / total if total else 1.0
-
-    @property
-    def idle(self) -> tuple[SiteReport, ...]:
-        """Sites that the report calls analog, and that the run did not multiply by."""
-        seen = {name for p in self.products if p.status == "analog" for name in p.parameters}
-        return tuple(
-            s for s in self.report.sites if s.status == "analog" and not _match(s.parameter, seen)
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -192,17 +186,17 @@ def audit(analog: nn.Module, *inputs: Any, **kwargs: Any) -> Audit:
     model = unwrapped(analog)
     placed = report(model)
     watch = _Watch(model)
-    before = [(t, t._version, t.detach().clone()) for t in _written(model) if not t.is_meta]
+    before = [(t, t.detach().clone()) for t in _written(model) if not t.is_meta]
     with torch.random.fork_rng():
         try:
             with watch:
                 model(*inputs, **kwargs)
         finally:
             with torch.no_grad():
-                for tensor, version, value in before:
-                    if tensor._version != version:
+                for tensor, value in before:
+                    if not torch.equal(tensor, value):
                         tensor.copy_(value)
-    return Audit(tuple(watch.products(placed.sites)), placed)
+    return Audit(tuple(watch.products(placed.sites)), placed, tuple(watch.idle(placed.sites)))
 
 
 def _written(model: nn.Module) -> Iterator[Tensor]:
@@ -407,8 +401,26 @@ class _Watch(TorchDispatchMode):
         for (names, module, op, analog), seen in self.seen.items():
             status = "analog" if analog else "digital"
             elements = sum(self.sizes[name] for name in names)
-            listed = any(_match(parameter, names) for parameter in said[status])
+            listed = any(self._is_of(parameter, names) for parameter in said[status])
             yield Product(names, module, op, elements, seen.calls, status, listed, seen.where)
+
+    def idle(self, sites: Iterable[SiteReport]) -> Iterator[SiteReport]:
+        """The analog sites that were not seen."""
+        seen = [(names, module) for names, module, _, analog in self.seen if analog]
+        for site in sites:
+            ran = any(m == site.module and self._is_of(site.parameter, n) for n, m in seen)
+            if site.status == "analog" and not ran:
+                yield site
+
+    def _is_of(self, parameter: str, names: Iterable[str]) -> bool:
+        """Whether a site's parameter is one of these.
+
+        It may be what they compute: of a parametrized weight, and of one that a hook sets from
+        ``weight_orig`` say, there is no parameter of that name.
+        """
+        if parameter in self.sizes:
+            return parameter in names
+        return any(name.startswith((f"{parameter}.", f"{parameter}_")) for name in names)
 
 
 _CALL = nn.Module._call_impl.__code__
@@ -436,11 +448,6 @@ def _is_inside(origin: _Origin, path: str) -> bool:
     """Whether all that a value comes from is in a module."""
     prefix = f"{path}." if path else ""
     return all(name == path or name.startswith(prefix) for name in origin.matrices | origin.others)
-
-
-def _match(parameter: str, names: Iterable[str]) -> bool:
-    """Whether a site's parameter is one of these, or what one of these parametrizes."""
-    return any(name == parameter or name.startswith(f"{parameter}.") for name in names)
 
 
 @functools.cache

@@ -223,6 +223,7 @@ def _named(sites: Collection[CompiledSite]) -> tuple[SiteReport, ...]:
             s.site,
             name=site_name(s.module, s.site.name, count[s.module] > 1),
             parameter=".".join(filter(None, (s.module, s.site.name))),
+            module=s.module,
         )
         for s in sites
     )
@@ -243,6 +244,7 @@ def _unseen(model: nn.Module, seen: WeakTensorKeyDictionary) -> Iterator[SiteRep
                 reason="in none of the graphs so far: not called, or left to run as it is",
                 decided_by="compile",
                 parameter=".".join(filter(None, (path, name))),
+                module=path,
             )
 
 

@@ -93,29 +93,27 @@ def reached(functions: Iterable[Any], attribute: Callable[[str], list[Any]]) -> 
     Args:
         attribute: what an attribute of a name may be, of the object that a method belongs to.
     """
-    pending, seen = [*functions], set()
+    pending, seen = [(f, False) for f in functions], set()
     while pending:
-        function = pending.pop()
+        function, known = pending.pop()
         if function in seen:
             continue
         seen.add(function)
         yield function
-        if not isinstance(function, FunctionType):
+        if not isinstance(function, FunctionType) or known:
             continue
         for code in codes(function.__code__):
             for name in code.co_names:
-                found = attribute(name)
-                if not is_torchs(function):
-                    found = found + globals_of(function, name)
-                for value in found:
-                    pending.extend(functions_of(value))
+                for value in attribute(name):
+                    pending.extend((f, False) for f in functions_of(value))
+                for value in [] if is_torchs(function) else _globals(function, name):
+                    pending.extend((f, is_torchs(f)) for f in functions_of(value))
 
 
-def globals_of(function: FunctionType, name: str) -> list[Any]:
+def _globals(function: FunctionType, name: str) -> list[Any]:
     """What a name may call in a function: a global, or a value of a table that is one."""
     value = function.__globals__.get(name)
-    table = [*value.values()] if type(value) is dict and len(value) < 64 else []
-    return [v for v in (value, *table) if not is_torchs(v) or isinstance(v, torch.jit.ScriptFunction)]
+    return [value, *value.values()] if type(value) is dict and len(value) < 64 else [value]
 
 
 def mentions(

@@ -64,6 +64,8 @@ class SiteReport(Decision):
     """Whether the config itself leaves the product digital."""
     parameter: str = ""
     """Path of the parameter in the model."""
+    module: str = ""
+    """Path of the module whose code multiplies."""
 
 
 @dataclass(frozen=True)

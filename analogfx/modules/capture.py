@@ -105,7 +105,7 @@ def _signature(module: nn.Module) -> list[inspect.Parameter]:
     forward = forward_of(module)
     if not isinstance(forward, FunctionType):
         return []
-    return list(inspect.signature(forward, follow_wrapped=False).parameters.values())[1:]
+    return list(inspect.signature(forward).parameters.values())[1:]
 
 
 TRACING = threading.RLock()

@@ -23,7 +23,7 @@ from analogfx.modules.capture import (
     multiplied,
     reads_weights,
 )
-from analogfx.modules.kinds.closed import refusal
+from analogfx.modules.kinds.closed import CALLING_ALONE, refusal
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program, build, check_same_sites
 from analogfx.passes.contract import Decision, SiteReport
@@ -76,6 +76,8 @@ def make_plan(model: nn.Module, chosen: Mapping[str, Chosen], debug_dir: Path | 
 
 def _may_multiply(module: nn.Module) -> bool:
     """Whether to look at a module's graph for products."""
+    if forward_of(module) in CALLING_ALONE:
+        return False
     if isinstance(module, _SITE_CLASSES) or may_multiply(module):
         return True
     # A product may hide in code that its own does not name; torch's other layers are known.
@@ -148,6 +150,7 @@ def _site_report(path: str, decision: Decision, several: bool, left: Chosen | No
         where=decision.where,
         asked=left is not None and left.asked,
         parameter=".".join(filter(None, (path, decision.name))),
+        module=path,
     )
 
 
@@ -182,6 +185,7 @@ def _leave(
                 decided_by="capture",
                 asked=chosen.asked,
                 parameter=".".join(filter(None, (path, name))),
+                module=path,
             )
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from analogfx.passes.code import OPAQUE, functions_of, is_torchs, mentions, reached
+from analogfx.passes.code import OPAQUE, codes, functions_of, is_torchs, mentions, reached
 from analogfx.passes.harmless import PRODUCTS
 
 Paths = frozenset[str]
@@ -107,13 +107,24 @@ class _Reader:
             except (OSError, TypeError, SyntaxError, RecursionError):  # it has no source
                 self.found.update(*weights.values())
                 if selves:
-                    self.suspect_own()
+                    self.suspect_all()
         return self.found
 
-    def suspect_own(self) -> None:
-        """Count all matrices of the module itself, if there is a product in its code."""
+    def suspect_all(self) -> None:
+        """Count the module's own matrices and those inside that are named, if there is a product."""
         if self.speaks:
-            self.found.update(n for n in self.matrices if "." not in n)
+            attribute = functools.partial(attribute_of, self.module)
+            functions = reached(functions_of(self.forward), attribute)
+            named = {
+                name
+                for function in functions
+                if isinstance(function, FunctionType)
+                for code in codes(function.__code__)
+                for name in code.co_names
+            }
+            for path in self.matrices:
+                if all(p in named or p.isdecimal() for p in path.split(".")) or "." not in path:
+                    self.found.add(path)
 
     @functools.cached_property
     def speaks(self) -> bool:
@@ -270,7 +281,7 @@ class _Function:
         if path is None:
             return frozenset()
         if path in _ALL and self._object(node.value) is self.reader.module:  # type: ignore
-            self.reader.suspect_own()
+            self.reader.suspect_all()
         pattern = path.split(".")
         several = isinstance(self._object(node), (nn.ParameterList, nn.ParameterDict))
         return frozenset(m for m in self.reader.matrices if _fits(pattern, m.split("."), several))

@@ -178,11 +178,25 @@ def decorated(self, x):
     return x @ self.w
 
 
+def takes_more(self, x, *rest, scale=2.0, **more):
+    return x @ self.w * scale
+
+
+def test_variable_arguments_that_are_not_read_are_taken_and_left():
+    module = product(takes_more, w=(6, 4))
+    forward = bind(captured(module))
+    expected = X @ module.w * 2
+    assert torch.equal(forward(module, X), expected)
+    assert torch.equal(forward(module, X, 3, None, name=X), expected)
+    assert pattern_of(module, (X, 3), {"scale": 1.0, "name": True}) == (("scale", 1.0),)
+
+
 REFUSED = {
-    "control flow on values": (lambda self, x: x @ self.w if x.sum() > 0 else x, "control flow"),
-    "a loop over values": (lambda self, x: [row @ self.w for row in x], "iterated"),
+    "control flow on values": (lambda self, x: x @ self.w if x.sum() > 0 else x,
+                               r"branches on the values of a tensor, .* at test_capture.py:\d"),
+    "a loop over values": (lambda self, x: [row @ self.w for row in x], "loops over a tensor"),
     "variable arguments": (lambda self, *xs: xs[0] @ self.w, r"\*args"),
-    "variable keywords": (lambda self, x, **more: x @ self.w, r"\*\*kwargs"),
+    "variable keywords": (lambda self, x, **more: x @ self.w * len(more), r"\*\*kwargs"),
     "assignment": (assigns, "assigns to self.last"),
     "a counter": (counts_calls, "assigns to self.calls"),
     "a constant": (lambda self, x: x @ self.w + torch.arange(4), "makes a tensor"),

@@ -21,3 +21,8 @@ _CLOSED: dict[type[Any], str] = {
 def refusal(module: nn.Module) -> str | None:
     """Why a module stays digital with all that is inside it; None for one whose graph decides."""
     return next((why for kind, why in _CLOSED.items() if isinstance(module, kind)), None)
+
+
+CALLING_ALONE = (nn.TransformerEncoderLayer.forward, nn.TransformerEncoder.forward)
+"""Forwards that multiply by nothing of their own: their fused way is closed while anything inside
+is analog, and what remains are calls of their children."""
