@@ -30,9 +30,10 @@ PRODUCTS = frozenset({
 def plain_name(target: Any) -> str:
     """The name of what a node calls, without underscores around it, namespace and overload."""
     if isinstance(target, torch._ops.OpOverload):
-        return str(target._opname).strip("_")
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return str(name).strip("_")
+        name: Any = target._opname
+    else:
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return str(name).strip("_").removeprefix("linalg_")
 
 
 def is_product(target: Any) -> bool:

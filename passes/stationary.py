@@ -14,6 +14,8 @@ The notes on a node, in its ``meta``:
     input that chooses among matrices.
 ``cut_why``
     What keeps such a value off a tile.
+``activation``
+    The value counts as one that an input reaches, though it is computed from parameters alone.
 ``written``
     The weight is changed in place somewhere.
 ``describes``
@@ -127,7 +129,7 @@ def propagate_stationary(graph: Graph) -> None:
         node.meta["describes"] = _describes(node)
         inputs = node.all_input_nodes
         called = node.op in ("call_function", "call_method")
-        if "stationary" in node.meta or not called or not inputs:
+        if "stationary" in node.meta or not called or not inputs or node.meta.get("activation"):
             continue
         if writes(node):
             _note_write(node)

@@ -79,8 +79,10 @@ class _Watched(Placement):
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
-        run = self._build(module, self.program(module, False, pattern), pattern)
-        return run(module, *args, **kwargs)
+        program = self.program(module, False, pattern)
+        if program is None:  # a call that no graph stands for multiplies by nothing analog
+            return type(module).digital_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+        return self._build(module, program, pattern)(module, *args, **kwargs)
 
 
 @contextmanager

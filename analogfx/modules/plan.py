@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def make_plan(model: nn.Module, chosen: Mapping[str, Chosen], debug_dir: Path | 
         elif isinstance(module, AnalogModule):
             module._analog.follow(module)
             _list(plan, name, module._analog.decisions, its)
+            _list_left(plan, name, module._analog)
         elif _may_multiply(module):
             _place(plan, name, module, its)
     return plan
@@ -112,6 +113,17 @@ def _list(plan: Plan, name: str, decisions: Sequence[Decision], chosen: Chosen) 
         plan.reports.setdefault(name, []).append(
             _site_report(name, decision, several, chosen if left else None)
         )
+
+
+def _list_left(plan: Plan, name: str, placement: Placement) -> None:
+    """Report that an analog module's products were digital in calls that could not be traced."""
+    for why in dict.fromkeys(placement.left.values()):
+        plan.reports[name] += [
+            replace(s, status="digital", tile_grid=(0, 0), reason=f"in some calls: {why}",
+                    decided_by="capture")
+            for s in plan.reports[name]
+            if s.status == "analog"
+        ]  # fmt: skip
 
 
 def _check_names(module: nn.Module, program: Program) -> None:

@@ -181,3 +181,11 @@ def test_a_product_that_another_pass_decided_about_is_left_alone():
     pipeline.run((normalize, select), graph, context)
     assert [s.decision.name for s in context.sites] == ["w"]
     assert [d.decided_by for d in decisions(graph)] == ["normalize"]
+
+
+def test_a_product_of_parameters_alone_computes_a_weight():
+    module = product(lambda self, x: F.linear(x, F.linear(self.a, self.b)), a=(4, 3), b=(5, 3))
+    graph, context = after((normalize, select), module, IDENTITY)
+    (site,) = context.sites
+    assert site.decision.weight_shape == (4, 5) and not site.rearranged
+    assert [d.status for d in decisions(graph)] == []
