@@ -56,7 +56,7 @@ BOTH = {
     for name in ("text_config", "vision_config")
 }
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-STAGES = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+STAGES = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "patch_size": 2}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,30 @@ def _case(architecture: str, inputs: dict[str, Any], head: str = "Model", **fiel
 
         made = getattr(transformers, f"{architecture}Config")
         known = made().to_dict()
+        given = {k: v() if callable(v) else v for k, v in fields.items()}
         small = {k: v for k, v in SMALL.items() if k in known and "text_config" not in known}
-        built: nn.Module = getattr(transformers, f"{architecture}{head}")(made(**small | fields))
+        built: nn.Module = getattr(transformers, f"{architecture}{head}")(made(**small | given))
         return built
 
     return Case(f"{architecture}{'' if head == 'Model' else head}", make, inputs)
+
+
+LARGE = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+
+
+def _resnet() -> Any:
+    import transformers
+
+    return transformers.ResNetConfig(**RESNET, out_features=["stage2"])
+
+
+def _swin() -> Any:
+    import transformers
+
+    return transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
+        window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
 
 
 def cases() -> list[Case]:
@@ -91,13 +110,15 @@ def cases() -> list[Case]:
         *(
             _case(name, TEXT)
             for name in (
-                "Bert", "Roberta", "Albert", "Electra", "MobileBert", "ConvBert", "RoFormer",
-                "MPNet", "Deberta", "DebertaV2", "FNet", "Camembert", "XLMRoberta", "Ernie",
-                "Nystromformer", "SqueezeBert", "IBert", "ModernBert",
+                "Bert", "Roberta", "Albert", "Electra", "ConvBert", "RoFormer", "MPNet",
+                "DebertaV2", "Camembert", "XLMRoberta", "Ernie", "Nystromformer", "IBert",
+                "ModernBert",
             )
-            if name not in ("MobileBert", "FNet")
         ),
         _case("MobileBert", TEXT, intra_bottleneck_size=16, true_hidden_size=16),
+        _case("SqueezeBert", TEXT, embedding_size=32, q_groups=1, k_groups=1, v_groups=1,
+              post_attention_groups=1, intermediate_groups=1, output_groups=1),
+        _case("Deberta", TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
         _case("DistilBert", TEXT),
         _case("XLNet", TEXT, d_inner=48),
         _case("XLM", TEXT, emb_dim=32, max_position_embeddings=64, mask_index=5, unk_index=4),
@@ -116,7 +137,7 @@ def cases() -> list[Case]:
                 "Olmo", "Olmo2", "Granite", "Glm", "Nemotron", "Persimmon", "GPTBigCode",
             )
         ),
-        _case("CodeGen", TEXT, causal),
+        _case("CodeGen", TEXT, causal, n_head=4),
         _case("GPTNeo", TEXT, causal, attention_types=[[["global", "local"], 1]]),
         _case("Mamba", TEXT, causal),
         _case("Mamba2", TEXT, causal, num_heads=4, head_dim=16, n_groups=2, chunk_size=4),
@@ -129,7 +150,7 @@ def cases() -> list[Case]:
                                                  "Qwen3Moe", "Phimoe")),
         _case("DeepseekV3", TEXT, causal, n_routed_experts=4, n_group=1, topk_group=1,
               q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-              v_head_dim=16, first_k_dense_replace=1, num_key_value_heads=2),
+              v_head_dim=16, head_dim=8, first_k_dense_replace=1, num_key_value_heads=2),
         # Encoders with decoders.
         *(_case(name, SEQ2SEQ) for name in ("T5", "Bart", "MBart", "Marian", "Pegasus", "LED",
                                             "MT5", "BigBirdPegasus", "PLBart", "UMT5")),
@@ -145,8 +166,7 @@ def cases() -> list[Case]:
           for name in ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "SEW")),
         _case("Wav2Vec2Conformer", WAVE, **SPEECH_LAYERS),
         # Images.
-        *(_case(name, PIXELS) for name in ("ViT", "DeiT", "Beit", "ViTMAE", "Dinov2", "YolosX")
-          if name != "YolosX"),
+        *(_case(name, PIXELS) for name in ("ViT", "DeiT", "Beit", "ViTMAE", "Dinov2")),
         _case("ConvNext", PIXELS, "ForImageClassification", **STAGES),
         _case("ConvNextV2", PIXELS, "ForImageClassification", **STAGES),
         _case("ResNet", PIXELS, "ForImageClassification", **RESNET),
@@ -157,16 +177,24 @@ def cases() -> list[Case]:
               patch_size=4),
         _case("Segformer", PIXELS, "ForImageClassification", hidden_sizes=[8, 16, 16, 16],
               depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 2], decoder_hidden_size=16),
-        _case("Poolformer" if False else "PoolFormer", PIXELS, hidden_sizes=[8, 16, 16, 16],
+        _case("PoolFormer", PIXELS, hidden_sizes=[8, 16, 16, 16],
               depths=[1, 1, 1, 1]),
         _case("MobileViT", PIXELS, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
               num_attention_heads=2, patch_size=2),
         _case("MobileNetV2", PIXELS, depth_multiplier=0.25, min_depth=8),
         _case("Levit", {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)},
-              image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
+              image_size=64, patch_size=16, hidden_sizes=[16, 24, 32],
+              num_attention_heads=[2, 2, 2],
               depths=[1, 1, 1], key_dim=[8, 8, 8]),
-        _case("Cvt", PIXELS, embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 1, 1]),
-        _case("EfficientNet", PIXELS, width_coefficient=0.25, depth_coefficient=0.1),
+        _case("MobileNetV1", PIXELS, depth_multiplier=0.25, min_depth=8),
+        _case("EfficientNet", PIXELS, width_coefficient=0.25, depth_coefficient=0.1,
+              hidden_dim=320),
+        _case("Detr", {"pixel_values": LARGE}, use_timm_backbone=False, backbone=None,
+              use_pretrained_backbone=False, backbone_config=_resnet, num_queries=4),
+        _case("Mask2Former", {"pixel_values": LARGE}, backbone=None, backbone_config=_swin,
+              use_pretrained_backbone=False, hidden_dim=32, feature_size=32, mask_feature_size=32,
+              num_attention_heads=2, num_queries=4, encoder_layers=1, decoder_layers=2,
+              dim_feedforward=32, encoder_feedforward_dim=32),
         # Text and images.
         _case("CLIP", {**TEXT, **PIXELS}, **BOTH, projection_dim=16),
         _case("Siglip", {**TEXT, **PIXELS}, **BOTH),
@@ -176,6 +204,30 @@ def cases() -> list[Case]:
                              "num_output_groups": [8, 4, 0], "num_attention_heads": 2},
               projection_dim=16, projection_intermediate_dim=16),
     ]  # fmt: skip
+
+
+def adapted() -> list[Case]:
+    """Models with adapters of PEFT's, where that is installed."""
+    try:
+        import peft
+    except ImportError as error:
+        print(f"peft is skipped: {error}", file=sys.stderr)
+        return []
+
+    def make(**fields: Any) -> Callable[[], nn.Module]:
+        base = _case("Llama", TEXT, "ForCausalLM").make
+
+        def build() -> nn.Module:
+            config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **fields)
+            return peft.get_peft_model(base(), config)
+
+        return build
+
+    return [
+        Case("Llama with LoRA", make(), TEXT),
+        Case("Llama with rsLoRA", make(use_rslora=True), TEXT),
+        Case("Llama with DoRA", make(use_dora=True), TEXT),
+    ]
 
 
 def torch_cases() -> list[Case]:
@@ -282,7 +334,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     results = []
-    for case in cases() + torch_cases():
+    for case in cases() + adapted() + torch_cases():
         if arguments.names and case.name not in arguments.names:
             continue
         result, seen = judge(case)

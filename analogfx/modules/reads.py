@@ -94,21 +94,32 @@ class _Reader:
     def __init__(self, module: nn.Module, matrices: list[str], forward: FunctionType) -> None:
         self.module, self.matrices, self.forward = module, matrices, forward
         self.found: set[str] = set()
+        self.returns: dict[FunctionType, Paths] = {}
+        """The weights that a function returns."""
         self.pending: list[tuple[FunctionType, Paths, dict[str, Any], dict[str, Paths]]] = []
         self.done: set[tuple[Any, ...]] = set()
 
     def read(self, defaults: dict[str, Any]) -> set[str]:
-        for function in functions_of(self.forward):
-            self.call(function, (_SELF,), {}, defaults)
-        while self.pending:
-            function, selves, constants, weights = self.pending.pop()
-            try:
-                _Function(self, function, selves, constants, weights).read()
-            except (OSError, TypeError, SyntaxError, RecursionError):  # it has no source
-                self.found.update(*weights.values())
-                if selves:
-                    self.suspect_all()
+        before = None
+        while before != self.returns:  # whoever calls a function is read before it is
+            before = dict(self.returns)
+            self.done.clear()
+            for function in functions_of(self.forward):
+                self.call(function, (_SELF,), {}, defaults)
+            while self.pending:
+                self.read_function(*self.pending.pop())
         return self.found
+
+    def read_function(
+        self, function: FunctionType, selves: Paths, constants: Any, weights: dict[str, Paths]
+    ) -> None:
+        """Read one function, or count all that it may multiply by where it has no source."""
+        try:
+            _Function(self, function, selves, constants, weights).read()
+        except (OSError, TypeError, SyntaxError, RecursionError):
+            self.found.update(*weights.values())
+            if selves:
+                self.suspect_all()
 
     def suspect_all(self) -> None:
         """Count the module's own matrices and those inside that are named, if there is a product."""
@@ -205,7 +216,13 @@ class _Function:
         }
         self.constants = {k: v for k, v in self.constants.items() if k not in stored}
         self.selves -= stored
-        return ast.fix_missing_locations(Prune().visit(tree))
+        live = Prune().visit(tree)
+        for node in ast.walk(live):
+            for name in ("body", "orelse", "finalbody"):
+                block = getattr(node, name, None)
+                if isinstance(block, list):
+                    setattr(node, name, _until_end(block))
+        return live
 
     def _value(self, node: ast.expr) -> Any:
         """The value of an expression of constants and attributes, else that it is not known."""
@@ -270,6 +287,9 @@ class _Function:
                         self._use(node, weights)
                 if isinstance(node, ast.Call):
                     self._descend(node)
+                    given = self._weights(node)
+                    if given:
+                        self._use(node, given)
             if self.names == before:
                 return
 
@@ -277,6 +297,9 @@ class _Function:
         """The matrices that an expression names."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, frozenset())
+        if isinstance(node, ast.Call):
+            returns = self.reader.returns
+            return frozenset().union(*(returns.get(f, ()) for f in self._functions(node)))
         path = self._path(node)
         if path is None:
             return frozenset()
@@ -339,8 +362,8 @@ class _Function:
                     self._bind(parent.target, weights)
                 return
             elif isinstance(parent, ast.Return):
-                if self.reader.speaks and self.function not in functions_of(self.reader.forward):
-                    self.reader.found |= weights  # for whoever called
+                known = self.reader.returns.get(self.function, frozenset())
+                self.reader.returns[self.function] = known | weights
                 return
             elif isinstance(parent, ast.IfExp):
                 if parent.test is node:
@@ -370,7 +393,10 @@ class _Function:
 
     def _computes(self, call: Any) -> bool:
         """Whether a product is one of weights alone, which gives a weight."""
-        return all(self._is_constant(a) for a in (*call.args, *(k.value for k in call.keywords)))
+        method = isinstance(call.func, ast.Attribute) and self._global(call.func) is _UNKNOWN
+        factors = [*call.args, *(k.value for k in call.keywords)]
+        factors += [call.func.value] if method else []
+        return all(self._is_constant(f) for f in factors)
 
     # ----------------------------------------------------------------------------- what is called
 
@@ -420,8 +446,9 @@ class _Function:
             return _SELF
         found: Paths = frozenset()
         for part in ast.walk(node):
-            if isinstance(part, (ast.Name, ast.Attribute)) and not self._is_described(part):
-                found |= self._weights(part)
+            named = isinstance(part, (ast.Name, ast.Attribute, ast.Subscript, ast.Call))
+            if named and not self._is_described(part):
+                found |= self._weights(part)  # type: ignore[arg-type]
         return found
 
     def _is_described(self, node: ast.expr) -> bool:
@@ -487,6 +514,13 @@ def _fits(pattern: list[str], path: list[str], several: bool) -> bool:
     if len(path) != len(pattern) + several:
         return False
     return all(p in (n, "*") for p, n in zip(pattern, path, strict=False))
+
+
+def _until_end(block: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements up to the first that leaves the block."""
+    ends = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+    last = next((i for i, s in enumerate(block) if isinstance(s, ends)), len(block))
+    return block[: last + 1]
 
 
 def _called(call: Any) -> str:
