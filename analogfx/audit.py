@@ -233,7 +233,9 @@ _FACTORS = {
     **dict.fromkeys(("linear", "mkldnn_linear", "convolution", "_convolution"), slice(0, 2)),
     **dict.fromkeys(("addmm", "_addmm_activation", "baddbmm", "addbmm", "addmv"), _BEHIND_ADDEND),
     **dict.fromkeys((name for name in _PRODUCTS if "attention" in name), _ATTENTION),
-    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), slice(None)),
+    **dict.fromkeys(
+        ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), slice(None)
+    ),
 }
 """Which of an op's tensors are multiplied, where others are added: biases and masks."""
 

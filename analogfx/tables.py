@@ -79,8 +79,7 @@ def _numbers(axis: list[int]) -> str:
 def counted(rows: Sequence[Row]) -> list[Row]:
     """Folded rows, with how many each stands for behind its path."""
     return [
-        (f"{path}  ×{count}" if count > 1 else path, *cells)
-        for (path, *cells), count in fold(rows)
+        (f"{path}  ×{count}" if count > 1 else path, *cells) for (path, *cells), count in fold(rows)
     ]
 
 

@@ -60,5 +60,10 @@ def _namespace(target: Any) -> str:
 
 
 def consumes(node: Node) -> bool:
-    """Whether a call, which takes a weight, may multiply an activation by it."""
+    """Whether a call, which takes a weight, may multiply an activation by it.
+
+    Whoever captured the graph notes it of modules, as ``may_multiply`` in a node's ``meta``.
+    """
+    if node.op == "call_module":
+        return bool(node.meta.get("may_multiply"))
     return node.op in ("call_function", "call_method") and is_product(node.target)

@@ -16,6 +16,11 @@ from analogfx.errors import PlacementError
 X = torch.randn(6, 4)
 
 
+class Matmul(nn.Module):
+    def forward(self, x, y):
+        return x @ y
+
+
 class Weight(nn.Module):
     """A module with a weight (5, 4), a bias and a child, for a forward to multiply by."""
 
@@ -25,6 +30,7 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.randn(5, 4))
         self.bias = nn.Parameter(torch.randn(5))
         self.child = nn.Linear(4, 5)
+        self.matmul = Matmul()
         self.op = torch.matmul
         self.table = {"linear": F.linear}
 
@@ -95,6 +101,9 @@ HIDDEN = {
     "no_grad": without_gradients,
     "no_grad around": torch.no_grad()(lambda self, x: F.linear(x, self.weight)),
     "vmap": lambda self, x: torch.vmap(lambda row: self.weight @ row)(x),
+    "an argument of a module": lambda self, x: self.matmul(x, self.weight.t()),
+    "an argument of a module, untraceable": lambda self, x: (
+        self.matmul(x, self.weight.t()) if x.sum() > -1e9 else x),
     "matrices chosen by the input": lambda self, x: torch.bmm(
         x[:, None], self.weight.view(5, 2, 2).repeat(1, 2, 1)[(x[:, 0] > 0).long()]),
 }  # fmt: skip

@@ -57,8 +57,13 @@ def test_layers_that_repeat_are_one_row():
 
 def test_a_row_says_where_and_what_to_do():
     row = replace(MISSED, where="model.py:7", decided_by="capture", reason="it branches")
-    assert Report((row,)).text().splitlines()[2].endswith(
-        'it branches (model.py:7); torch.compile(model, backend="analogfx") sees what runs'
+    assert (
+        Report((row,))
+        .text()
+        .splitlines()[2]
+        .endswith(
+            'it branches (model.py:7); torch.compile(model, backend="analogfx") sees what runs'
+        )
     )
 
 

@@ -242,7 +242,9 @@ def torch_cases() -> list[Case]:
         import torchvision
 
         for name in ("resnet18", "mobilenet_v3_small", "swin_t", "vit_b_16"):
-            found.append(Case(f"torchvision {name}", getattr(torchvision.models, name), {"x": IMAGE}))
+            found.append(
+                Case(f"torchvision {name}", getattr(torchvision.models, name), {"x": IMAGE})
+            )
     except ImportError as error:
         print(f"torchvision is skipped: {error}", file=sys.stderr)
     try:
@@ -250,7 +252,9 @@ def torch_cases() -> list[Case]:
 
         for name in ("resnet10t", "vit_tiny_patch16_224", "mixer_s32_224"):
             image = torch.linspace(-1, 1, 3 * 224 * 224).view(1, 3, 224, 224)
-            found.append(Case(f"timm {name}", lambda name=name: timm.create_model(name), {"x": image}))
+            found.append(
+                Case(f"timm {name}", lambda name=name: timm.create_model(name), {"x": image})
+            )
     except ImportError as error:
         print(f"timm is skipped: {error}", file=sys.stderr)
     return found

@@ -123,9 +123,7 @@ def _unmark_activations(graph: Graph) -> None:
 def _is_inside(product: Node, operand: Node) -> bool:
     """Whether the module that multiplies holds all that an operand comes from."""
     parameters = (example(n) for n in sources(operand) if n.op == "placeholder")
-    return all(
-        module_of(product, p) is not None for p in parameters if isinstance(p, nn.Parameter)
-    )
+    return all(module_of(product, p) is not None for p in parameters if isinstance(p, nn.Parameter))
 
 
 def _unmark(node: Node) -> None:

@@ -355,6 +355,10 @@ def _mark(module: nn.Module, node: Node) -> None:
         value: Any = module
         for name in str(node.target).split("."):
             value = getattr(value, name)
+    elif node.op == "call_module" and node.all_input_nodes:
+        child = module.get_submodule(str(node.target))
+        node.meta["may_multiply"] = reads.multiplies_arguments(child)
+        return
     elif node.op == "call_module" and not node.args and not node.kwargs:
         # A parametrized weight: a module without an input, which may change its own buffers.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from tqdm.auto import tqdm
 
 from analogfx.choose import Chosen
@@ -59,6 +60,8 @@ def make_plan(model: nn.Module, chosen: Mapping[str, Chosen], debug_dir: Path | 
     closed: set[nn.Module] = set()
     modules = list(model.named_modules())
     for name, module in tqdm(modules, desc="analogize", unit="module", delay=2, leave=False):
+        if isinstance(module, ParametrizationList):
+            closed.update(module.modules())  # they compute weights
         if module in closed:
             continue
         its = chosen.get(name, _LATER)

@@ -44,6 +44,13 @@ def mentions_product(module: nn.Module, forward: Any) -> bool:
     return mentions(functions_of(forward), PRODUCTS, functools.partial(attribute_of, module))
 
 
+def multiplies_arguments(module: nn.Module) -> bool:
+    """Whether a module without a matrix may hold products: they are of what it is called with."""
+    if any(_is_matrix(p) for p in module.parameters()):
+        return False
+    return any(mentions_product(m, type(m).forward) for m in module.modules())
+
+
 def mentions_weight(module: nn.Module, forward: Any) -> bool:
     """Whether a forward, or a function that it calls, reads what a matrix inside is called."""
     names = {n.rpartition(".")[2] for n, p in module.named_parameters() if _is_matrix(p)}
@@ -187,9 +194,11 @@ class _Function:
         self.reader, self.function = reader, function
         self.selves, self.constants = selves, constants
         self.names: dict[str, Paths] = dict(weights)
+        self.children: dict[str, list[nn.Module]] = {}
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
         self.tree = self._live(tree)
         self.parents = {c: p for p in ast.walk(self.tree) for c in ast.iter_child_nodes(p)}
+        self._bind_children()
 
     # ---------------------------------------------------------------------- what is known to run
 
@@ -410,8 +419,11 @@ class _Function:
             return False
         if name in _LOOKED_UP:
             return False
-        if isinstance(self._object(call.func), nn.Module):
-            return False  # what it multiplies by is its own
+        modules = self._modules(call.func)
+        if modules:
+            if any(multiplies_arguments(m) for m in modules):
+                self.reader.found |= weights
+            return False
         found = self._functions(call)
         if found and all(is_torchs(f) for f in found):
             return not name.endswith("norm")
@@ -439,6 +451,32 @@ class _Function:
                 # A torch function that is no method is known by its name.
                 if bound or not is_torchs(function):
                     self.reader.call(function, tuple(args), kwargs)
+
+    def _modules(self, node: ast.expr) -> list[nn.Module]:
+        """The modules that an expression may be: a child, or one of a list of them."""
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        if isinstance(node, ast.Name):
+            return self.children.get(node.id, [])
+        held = self._object(node)
+        if isinstance(held, (nn.ModuleList, nn.ModuleDict)):
+            return [*held.children()]
+        return [held] if isinstance(held, nn.Module) else []
+
+    def _bind_children(self) -> None:
+        """Note the names that hold modules, of a loop say."""
+        for node in ast.walk(self.tree):
+            value = getattr(node, "iter", getattr(node, "value", None))
+            if isinstance(node, (ast.For, ast.comprehension, ast.Assign)) and value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                parts = (
+                    n for n in ast.walk(value) if isinstance(n, (ast.Attribute, ast.Subscript))
+                )
+                found = [m for part in parts for m in self._modules(part)]
+                called = isinstance(node, ast.Assign) and isinstance(value, ast.Call)
+                for name in (n for target in targets for n in ast.walk(target)):
+                    if isinstance(name, ast.Name) and found and not called:
+                        self.children.setdefault(name.id, []).extend(found)
 
     def _given(self, node: ast.expr) -> Any:
         """What an argument is: the module, or the weights that it is made of."""
@@ -474,7 +512,9 @@ class _Function:
 
     def _cell(self, name: str) -> Any:
         """What a name holds that a function has from around it."""
-        cells = zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True)
+        cells = zip(
+            self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True
+        )
         for free, cell in cells:
             if free == name:
                 try:

@@ -72,6 +72,12 @@ def in_a_branch(self, x, mask=None):
     return x @ self.w
 
 
+def to_layers(self, x):
+    for index, layer in enumerate(self.layers):
+        x = layer(x, self.w) @ x
+    return x
+
+
 def unknown(self, x):
     return self.something.that(x, self.w)
 
@@ -116,6 +122,7 @@ READ = {
     a_loop: ["several.0"],
     of_a_child: ["layer.weight", "layers.0.weight"],
     in_a_branch: ["w"],
+    to_layers: [],
     unknown: ["w"],
     computed: ["w", "v"],
     added: [],
