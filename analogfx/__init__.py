@@ -2,11 +2,13 @@
 
 from analogfx import chip, errors, hardware, recipes
 from analogfx.api import analogize, to_digital
+from analogfx.audit import audit
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
 from analogfx.calibration import calibrate
 from analogfx.checkpoint import digital_state_dict, load, save
 from analogfx.config import (
+    ExpertRange,
     InputRangeParameter,
     IOParameters,
     MappingParameter,
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Device",
+    "ExpertRange",
     "IOParameters",
     "InputRangeParameter",
     "Lifetime",
@@ -52,6 +55,7 @@ __all__ = [
     "WeightNoiseInjectionType",
     "WeightQuantizationType",
     "analogize",
+    "audit",
     "backend_state",
     "bits",
     "calibrate",

@@ -83,6 +83,8 @@ def analogize(
     }
     for name, placement in plan.placements.items():
         swap(modules[name], placement, state[name])
+    for name, placement in plan.placements.items():
+        placement.watch(modules[name])  # what it reads may be of modules that were swapped later
     close_fast_paths(analog)
     remember_choice(analog, chosen)
     if logger.isEnabledFor(logging.INFO):

@@ -1,7 +1,8 @@
 """The RPU config: what the analog hardware does to a weight-stationary product.
 
 The dataclasses, fields, defaults and enumerations are those of aihwkit-lightning 2.1.0's
-``TorchInferenceRPUConfig``, under the same names; `MappingParameter.max_output_size` is new. A
+``TorchInferenceRPUConfig``, under the same names; `MappingParameter.max_output_size` and
+`MappingParameter.packed_projections`, `MappingParameter.experts` are new. A
 field refuses an unknown name and a wrong type on assignment. Whether the fields fit together is
 decided by `resolve`, which turns a config into the plain scalars that all later layers read.
 
@@ -76,6 +77,15 @@ class WeightModifierType(Enum):
     DISCRETIZE_ADD_NORMAL_PER_CHANNEL = "DiscretizeAddNormalPerChannel"
 
 
+class ExpertRange(Enum):
+    """Whose inputs an input range of a layer of experts is for. aihwkit-lightning has no such."""
+
+    SHARED = "shared"
+    """Those of all experts: one range for the layer."""
+    OWN = "own"
+    """Those of one expert: as many ranges as experts."""
+
+
 @dataclass
 class _Section:
     """Base of the config dataclasses: assignment checks the name and the type of a field."""
@@ -148,6 +158,10 @@ class MappingParameter(_Section, path="mapping"):
     """Largest number of rows, that is of inputs."""
     max_output_size: int = -1
     """Largest number of columns, that is of outputs. aihwkit-lightning never splits them."""
+    packed_projections: bool = False
+    """Whether an attention's ``in_proj_weight`` is one matrix, and not three."""
+    experts: ExpertRange = ExpertRange.SHARED
+    """Whose input range a layer of experts has. By the value, too: ``"shared"`` or ``"own"``."""
 
 
 @dataclass
@@ -307,6 +321,10 @@ class Resolved:
     """At most 0: one tile."""
     max_output_size: int
     """At most 0: one tile."""
+    packed_projections: bool
+    """Whether an attention's packed weight is one matrix, and not three."""
+    own_expert_ranges: bool
+    """Whether each matrix of a layer of experts has an input range of its own."""
     range_mode: str
     """``"none"``, ``"static"``, ``"fast"`` or ``"dynamic"``."""
     learn_range: bool
@@ -377,6 +395,8 @@ def resolve(config: object) -> Resolved:
     return Resolved(
         max_input_size=config.mapping.max_input_size,
         max_output_size=config.mapping.max_output_size,
+        packed_projections=config.mapping.packed_projections,
+        own_expert_ranges=config.mapping.experts is ExpertRange.OWN,
         range_mode=mode,
         learn_range=mode in ("static", "fast") and ranges.learn_input_range,
         init_value=ranges.init_value,

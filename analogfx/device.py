@@ -409,7 +409,7 @@ def _products(
         lowered = program.lowered[number]
         if lowered is None:
             raise CaptureError(f"{name}: its chain of ops is not one that lower knows")
-        yield name, module, site, lowered.spec, lowered.is_conv
+        yield name, module, site, lowered.spec, lowered.op == "conv"
 
 
 def _slices(sizes: tuple[int, ...]) -> list[slice]:

@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from analogfx import terminal
 from analogfx.choose import Chosen
 from analogfx.errors import PlacementError
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.capture import mentions_product
+from analogfx.modules.capture import may_multiply
 from analogfx.modules.plan import make_plan, site_name
 from analogfx.modules.sites import unwrapped
 from analogfx.passes.contract import SiteReport
@@ -33,10 +34,16 @@ class Report:
 
     @property
     def coverage(self) -> float:
-        """Share of weight-stationary weight elements that are analog; 1.0 where there are none."""
-        total = sum(prod(s.weight_shape) for s in self.sites)
-        analog = sum(prod(s.weight_shape) for s in self.sites if s.status == "analog")
-        return analog / total if total else 1.0
+        """Share of weight-stationary weight elements that are analog; 1.0 where there are none.
+
+        Weights whose shape is not known yet, as those of lazy modules, count only where there are
+        no others: 0.0 then.
+        """
+        total = sum(_elements(s) for s in self.sites)
+        analog = sum(_elements(s) for s in self.sites if s.status == "analog")
+        if not total:
+            return 1.0 if all(s.status == "analog" or s.weight_shape for s in self.sites) else 0.0
+        return analog / total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -44,36 +51,101 @@ class Report:
         counted = {"passes": dict(self.passes), "kernels": dict(self.kernels)}
         return {"coverage": self.coverage, "sites": sites, **counted}
 
+    def text(self, verbose: bool = False, width: int | None = None) -> str:
+        """The placement as a table: what is digital first, layers that repeat in one row.
+
+        Args:
+            verbose: a row for every product, in the model's order, who decided, and what computes
+                them.
+            width: columns to wrap to; None to wrap nothing.
+        """
+        rows = [row for row, _ in self._rows(verbose)]
+        return "\n".join([terminal.text(_header(verbose), rows, width), *self._below(verbose)])
+
+    def print(self, verbose: bool = False) -> None:
+        """Print the table, in colours where stdout is a terminal."""
+        rows = self._rows(verbose)
+        styles = [style for _, style in rows]
+        terminal.show(_header(verbose), [row for row, _ in rows], styles, self._below(verbose))
+
     def __repr__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        header = ("site", "kind", "weight", "tiles", "status", "decided by", "reason")
-        rows = [
-            (
-                s.name,
-                s.kind,
-                "x".join(map(str, s.weight_shape)),
-                "x".join(map(str, s.tile_grid)) if s.status == "analog" else "-",
-                s.status,
-                s.decided_by,
-                s.reason,
-            )
-            for s in self.sites
+        return self.text(width=terminal.terminal_width())
+
+    def _rows(self, verbose: bool) -> list[tuple[terminal.Row, str]]:
+        """The cells of each row and its style."""
+        if verbose:
+            return [
+                ((*_cells(s)[:-1], s.decided_by, _cells(s)[-1]), _STYLES[_rank(s)])
+                for s in self.sites
+            ]
+        return [
+            (row, _STYLES[rank])
+            for rank in range(len(_STYLES))
+            for row in terminal.counted([_cells(s) for s in self.sites if _rank(s) == rank])
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-                 for row in (header, tuple("-" * w for w in widths), *rows)]  # fmt: skip
+
+    def _below(self, verbose: bool) -> list[str]:
         analog = sum(s.status == "analog" for s in self.sites)
-        lines.append(
+        lines = [
             f"{analog} of {len(self.sites)} products analog, "
             f"{self.coverage:.1%} of the weight elements"
-        )
-        lines += [f"{n} computed by {how}" for how, n in Counter(self.kernels.values()).items()]
+        ]
+        lines += [
+            f"{n} computed by {how}"
+            for how, n in Counter(self.kernels.values()).items()
+            if verbose or not how.startswith("torch: the tensors are on cpu")
+        ]
         if self.passes:
             counts = ", ".join(f"{name} {count}" for name, count in self.passes.items())
             lines.append(f"changed by whole-graph passes: {counts}")
-        return "\n".join(lines)
+        return lines
+
+
+_STYLES = ("bold red", "yellow", "")
+"""Of what nobody asked to stay digital, of what the config leaves digital, of what is analog."""
+
+
+def _rank(site: SiteReport) -> int:
+    """The position of a site's style."""
+    return 2 if site.status == "analog" else 1 if site.asked else 0
+
+
+def _header(verbose: bool) -> terminal.Row:
+    decided = ("decided by",) if verbose else ()
+    return ("site", "kind", "weight", "tiles", "status", *decided, "reason")
+
+
+def _cells(site: SiteReport) -> terminal.Row:
+    digital = site.status == "digital"
+    return (
+        site.name,
+        site.kind,
+        "x".join(map(str, site.weight_shape)) or "unknown",
+        "-" if digital else "x".join(map(str, site.tile_grid)),
+        site.status,
+        _why(site) if digital else "",
+    )
+
+
+def _why(site: SiteReport) -> str:
+    """Why a product is digital, where, and what to do about it."""
+    if site.asked:
+        return site.reason
+    where = f" ({site.where})" if site.where else ""
+    advice = _ADVICE.get(site.decided_by, "")
+    return f"{site.reason}{where}{advice}"
+
+
+_ADVICE = {"capture": '; torch.compile(model, backend="analogfx") sees what runs'}
+"""What to do about a product, by who left it digital."""
+
+
+def _elements(site: SiteReport) -> int:
+    """Elements of a site's weight, 0 if its shape is not known."""
+    return prod(site.weight_shape) if site.weight_shape else 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +219,13 @@ def _named(sites: Collection[CompiledSite]) -> tuple[SiteReport, ...]:
     """Sites by the names that analogize() gives them."""
     count = Counter(s.module for s in sites)
     return tuple(
-        replace(s.site, name=site_name(s.module, s.site.name, count[s.module] > 1)) for s in sites
+        replace(
+            s.site,
+            name=site_name(s.module, s.site.name, count[s.module] > 1),
+            parameter=".".join(filter(None, (s.module, s.site.name))),
+            module=s.module,
+        )
+        for s in sites
     )
 
 
@@ -164,7 +242,9 @@ def _unseen(model: nn.Module, seen: WeakTensorKeyDictionary) -> Iterator[SiteRep
                 tile_grid=(0, 0),
                 status="digital",
                 reason="in none of the graphs so far: not called, or left to run as it is",
-                decided_by="capture",
+                decided_by="compile",
+                parameter=".".join(filter(None, (path, name))),
+                module=path,
             )
 
 
@@ -172,7 +252,7 @@ def _multiplies(module: nn.Module) -> bool:
     home = type(module).__module__
     if home.startswith("torch.nn.modules."):
         return home not in _NO_PRODUCTS
-    return mentions_product(module)
+    return may_multiply(module)
 
 
 _NO_PRODUCTS = {f"torch.nn.modules.{name}" for name in ("sparse", "normalization", "batchnorm")}
@@ -253,11 +333,10 @@ def check_strict(placed: Report) -> None:
     """
     missed = [s for s in placed.sites if s.status == "digital" and not s.asked]
     if missed:
-        raise PlacementError(_listing(missed))
-
-
-def _listing(missed: Iterable[SiteReport]) -> str:
-    lines = [f"  {s.name} ({s.kind}, {list(s.weight_shape)}): {s.reason}" for s in missed]
-    return "\n".join(
-        ["strict: these products with parameters stayed digital without being asked to:", *lines]
-    )
+        header, rows = _header(False), terminal.counted([_cells(s) for s in missed])
+        keep = [0, 1, 2, len(header) - 1]  # they have neither tiles nor another status
+        shown = [tuple(cells[i] for i in keep) for cells in (header, *rows)]
+        raise PlacementError(
+            "strict: these products with parameters stayed digital without being asked to\n"
+            f"{terminal.text(shown[0], shown[1:])}"
+        )

@@ -6,6 +6,7 @@ read it under these names, which are Lightning's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +31,19 @@ class Variable:
     trained: Callable[[Resolved], bool] | None = None
     """Whether it asks for gradients; None for a buffer, which never does."""
     per_output: bool = False
-    """Of shape (tiles, outputs); else (tiles,), where tiles are those along the inputs."""
+    """Of shape (tiles, outputs), with the tiles along the inputs; else of that of the ranges."""
     counts: bool = False
     """Of dtype int64; else float64 for a weight in float64 and float32 for all others."""
     across_ranks: str = "mean"
     """What makes one value of those that data-parallel ranks saw: "mean", "min" or "max"."""
 
-    def shape(self, tiles: int, outputs: int) -> tuple[int, ...]:
-        """Its shape for a number of tiles along the inputs and a number of outputs."""
-        return (tiles, outputs) if self.per_output else (tiles,)
+    def shape(self, ranges: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+        """Its shape for a site of some outputs.
+
+        Args:
+            ranges: shape of the site's ranges: (tiles,), or (experts, tiles).
+        """
+        return (ranges[-1], outputs) if self.per_output else ranges
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         """Its dtype beside a weight of some dtype."""
@@ -86,10 +91,12 @@ class StateNames:
 
     prefix: str = ""
     """What tells the site from others of its module."""
+    suffix: str = ""
+    """The same behind the name, as Lightning has it for recurrent layers."""
 
     def of(self, variable: Variable) -> str:
         """The name of one variable."""
-        return self.prefix + variable.name
+        return self.prefix + variable.name + self.suffix
 
     @property
     def input_range(self) -> str:  # noqa: D102
@@ -108,10 +115,17 @@ class StateNames:
         return tuple(map(self.of, VARIABLES))
 
 
+_RECURRENT = re.compile(r"weight(_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)")
+"""Names of the weights of recurrent layers and cells."""
+
+
 def state_names(parameters: Sequence[str]) -> list[StateNames]:
     """Lightning's names for the only site of a module; several are told apart by their weight."""
     if len(parameters) == 1:
         return [StateNames()]
+    recurrent = [_RECURRENT.fullmatch(parameter) for parameter in parameters]
+    if all(recurrent) and len(set(parameters)) == len(parameters):
+        return [StateNames(suffix=match[1]) for match in recurrent if match]
     names: list[StateNames] = []
     for parameter in parameters:
         stem, number = parameter.replace(".", "_") + "_", 1

@@ -59,7 +59,8 @@ def clip_weights(analog: nn.Module) -> None:
             done.add(place)
             matrix = weight.flatten(1)
             clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
-            clip(matrix, config.clip_sigma)
+            for own in site.matrices(matrix):  # each by its own spread
+                clip(own, config.clip_sigma)
             if not is_view(matrix, module, site):
                 store_weight(module, site, matrix)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from analogfx.errors import KernelError
-from analogfx.kernels import clip, conv, linear, plan, statistics
+from analogfx.kernels import clip, conv, experts, linear, plan, statistics
 from analogfx.kernels.linear import Gradients
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
@@ -94,8 +94,9 @@ def refusal(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> str:
     """Why the kernels cannot serve a product; empty where they can.
 
     Args:
-        op: "linear" or "conv".
-        scalars: what describes the site: a spec, after the window of a convolution.
+        op: "linear", "conv" or "experts".
+        scalars: what describes the site: a spec, after the window of a convolution or the offsets
+            of experts.
     """
     if reason := _refused_device(x.device):
         return reason
@@ -140,16 +141,15 @@ def serves(reason: str) -> bool:
     return _chosen != "reference" and not reason
 
 
-def chosen(weight: Tensor, spec: MVMSpec, is_conv: bool = False) -> str:
+def chosen(weight: Tensor, spec: MVMSpec, op: str = "linear") -> str:
     """What computes a site's product, for a report: the kernels and how, or torch and why.
 
     Args:
         weight: taken for an input, too: inputs are to have its dtype and device.
+        op: "linear", "conv" or "experts".
     """
-    if _chosen == "reference":
-        reason = "it was asked for"
-    else:
-        reason = refusal("conv" if is_conv else "linear", weight, weight, spec)
+    asked = _chosen == "reference"
+    reason = "it was asked for" if asked else refusal(op, weight, weight, spec)
     return f"torch: {reason}" if reason else plan.described(weight.dtype, spec)
 
 
@@ -198,10 +198,16 @@ TABLE: dict[tuple[str, str], Implementation] = {
     ("conv", "torch"): Implementation(
         lambda *_: "", conv.clipped_shape, _keeps_weight, "analogfx.kernels.conv"
     ),
+    ("experts", "torch"): Implementation(
+        lambda *_: "", experts.clipped_shape, _keeps_weight, "analogfx.kernels.experts"
+    ),
 }
 """By op and implementation. A kernel for another product is a file and a row."""
 
-_WITHOUT_KERNELS = {"conv": "a convolution runs through torch's own"}
+_WITHOUT_KERNELS = {
+    "conv": "a convolution runs through torch's own",
+    "experts": "experts run one after another",
+}
 
 
 def _implementation(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> Implementation:
@@ -252,13 +258,21 @@ def update_range(
     groups: int,
     in_sizes: list[int],
     window: Window | None,
-    *rest: Any,
+    *settings: Any,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ranges after one more training forward; see ``statistics.update_range``."""
+    """Ranges after one more training forward; see ``statistics.update_range``.
+
+    Args:
+        offsets: of a layer of experts, see ``experts.update_range``; None for other sites.
+    """
+    if offsets is not None:
+        state = (input_range, count, x_min, x_max)
+        return experts.update_range(x, offsets, *state, range_mode, in_sizes, *settings)
     if window is not None:
         reason = refusal("conv", x, x, window, MVMSpec(in_sizes, [0], groups))
     else:
         reason = refusal("linear", x, x, MVMSpec(in_sizes, [0], groups))
     return _module(reason, "statistics", statistics).update_range(
-        x, input_range, count, x_min, x_max, range_mode, groups, in_sizes, window, *rest
+        x, input_range, count, x_min, x_max, range_mode, groups, in_sizes, window, *settings
     )

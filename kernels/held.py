@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from analogfx.kernels import conv as image
+from analogfx.kernels import experts as bank
 from analogfx.kernels import linear as plain
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
@@ -76,6 +77,47 @@ def linear(
     out = total.reshape(*x.shape[:-1], weight.shape[0])
     out = out if bias is None else out + ref.wide(bias)
     return out.to(x.dtype, copy=True) if out._is_view() else out.to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    peaks: Tensor | None,
+    gain: Tensor | None,
+    offsets: Tensor,
+    spec: MVMSpec,
+) -> Tensor:
+    """The output of a layer of experts, each of which has rows of the weight for itself.
+
+    Args:
+        x: (N, I), sorted by expert.
+        weight: (E * O, I), the rows of all experts one after another.
+        bias: (E, O) or None.
+        input_range: (k,) or (E, k), None unless the range is static or fast.
+        peaks, gain: (k, E * O) as for :func:`linear`.
+        offsets: (E,), where the rows of each expert end.
+
+    Returns:
+        (N, O) of x's dtype.
+    """
+    count = offsets.shape[0]
+    outputs = weight.shape[0] // count
+    one = bank.of_one(spec, count)
+    y = x.new_zeros(x.shape[0], outputs)
+    for e, rows in bank.spans(offsets):
+        own = slice(e * outputs, (e + 1) * outputs)
+        y[rows] = linear(
+            x[rows],
+            weight[own],
+            None if bias is None else bias[e],
+            bank.range_of(input_range, e),
+            None if peaks is None else peaks[:, own],
+            None if gain is None else gain[:, own],
+            one,
+        )
+    return y
 
 
 def conv(

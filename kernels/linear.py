@@ -273,6 +273,36 @@ def backward(
         clipped, modified: what the forward returned; computed again where they are empty.
         needs: which of x, weight, bias, input_range, clip to return a gradient for.
     """
+    out = backward_to_dac(grad, x, weight, input_range, clip, seed, clipped, modified, needs, spec)
+    need_x, _, _, need_range, _ = needs
+    if need_x or need_range:
+        rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
+        grads = through_dac(out.x, rows, input_range, spec)
+        if need_range:
+            out = out._replace(input_range=grads)
+        of_x = out.x.reshape(x.shape).to(x.dtype) if need_x else x.new_empty(0)
+        out = out._replace(x=of_x)
+    return out
+
+
+def backward_to_dac(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    clipped: Tensor,
+    modified: Tensor,
+    needs: list[bool],
+    spec: MVMSpec,
+) -> Gradients:
+    """Gradients of :func:`forward`, but those of the DAC; see :func:`backward`.
+
+    Returns:
+        That of x is at the product's inputs, (N, I) or (N, groups, I) in the precision of the
+        computation: :func:`through_dac` goes on from there. That of the range is left out.
+    """
     need_x, need_w, need_bias, need_range, need_clip = needs
     spans = tiles(spec.in_sizes)
     flat = ref.wide(grad.reshape(-1, weight.shape[0]))
@@ -296,12 +326,9 @@ def backward(
 
     out = Gradients(*(x.new_empty(0) for _ in needs))
     if need_x or need_range:
-        grad_x = _join([product(tile_g, modified[..., s].mT) for tile_g, s in products])
-        grads = [_through_clamp(grad_x[..., s], rows[..., s], ranges[t], spec) for t, s in spans]
-        if need_range:
-            out = out._replace(input_range=torch.stack(grads))
-        if need_x:
-            out = out._replace(x=grad_x.reshape(x.shape).to(x.dtype))
+        out = out._replace(
+            x=_join([product(tile_g, modified[..., s].mT) for tile_g, s in products])
+        )
     if need_w or need_clip:
         grad_w = _join([outer(tile_g, analog_x[..., s]) for tile_g, s in products])
         if clip is not None:
@@ -319,6 +346,29 @@ def backward(
     if need_bias:
         out = out._replace(bias=flat.sum(0).to(weight.dtype))
     return out
+
+
+def through_dac(grad: Tensor, rows: Tensor, input_range: Tensor | None, spec: MVMSpec) -> Tensor:
+    """Take the gradient of a product's inputs through the clamps of all tiles, in place.
+
+    Args:
+        grad: (N, I) or (N, groups, I), in the precision of the computation.
+        rows: the raw inputs, of the same shape.
+
+    Returns:
+        The gradients of the ranges, (k,); zeros where there is no learned range.
+    """
+    return torch.stack(
+        [
+            _through_clamp(
+                grad[..., s],
+                rows[..., s],
+                tile_range(rows[..., s], input_range, t, spec),
+                spec,
+            )
+            for t, s in tiles(spec.in_sizes)
+        ]
+    )
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
 from analogfx.kernels.weights import grouped, maxima, modified_weight, scale, tiles
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
     torch._C.DispatchKey.AutocastCUDA
 )
 
@@ -46,7 +46,7 @@ def prepare(weight: Tensor, clip: Tensor | None, spec: str) -> tuple[Tensor, Ten
         inputs, without elements where there is no bound. See :func:`limits`.
     """
     site = decode(MVMSpec, spec)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         matrix = grouped(weight.flatten(1), site.groups if weight.dim() == 2 else 1, 0)
         rows = site if weight.dim() == 2 else site._replace(groups=1)
         peaks = maxima(matrix, clip, rows)
@@ -94,7 +94,7 @@ def convert(x: Tensor, input_range: Tensor | None, spec: str) -> Tensor:
         spec: the site's :class:`MVMSpec`, encoded.
     """
     site = decode(MVMSpec, spec)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         if len(site.in_sizes) == 1:
             return _converted(x, _range(x, input_range, 0, site), site)
         parts = [
@@ -131,7 +131,7 @@ def linear(
         (..., O) of x's dtype.
     """
     site = decode(MVMSpec, spec)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         rows, w = grouped(x, site.groups, -1), grouped(weight, site.groups, 0)
         if site.ends_with_product and site.groups == 1:
             if analog_x is None:
@@ -176,7 +176,7 @@ def conv(
     """
     site, geometry = decode(MVMSpec, spec), decode(Window, window)
     axes = (-1, *[1] * (x.dim() - 2))
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         r = None if input_range is None else input_range[0]
         analog_x = _converted(x, r, site) if analog_x is None else analog_x
         if site.ends_with_product:

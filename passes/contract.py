@@ -13,18 +13,25 @@ bring parameters and buffers in, see ``stationary.py``; that is all a pass knows
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from analogfx import ops  # noqa: F401 (registers the dialect)
 from analogfx.config import Resolved
 from analogfx.passes.stationary import weight_value
 from analogfx.state import StateNames
 
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 """The canonical convolutions and their spatial axes."""
+
+
+EXPERTS: Any = torch.ops.analogfx.digital_experts.default
+"""The canonical product of a layer of experts: ``(x (N, I), W (E, O, I), bias, offsets (E,))``."""
 
 
 class Refused(Exception):
@@ -47,6 +54,8 @@ class Decision:
     reason: str
     decided_by: str
     """Name of the pass."""
+    where: str = ""
+    """File and line of the statement, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,10 @@ class SiteReport(Decision):
 
     asked: bool = False
     """Whether the config itself leaves the product digital."""
+    parameter: str = ""
+    """Path of the parameter in the model."""
+    module: str = ""
+    """Path of the module whose code multiplies."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,20 @@ class Site:
     rearranged: bool
     """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Node = field(compare=False)
-    """The canonical weight: (O, I) of a linear product, torch's layout of a convolution."""
+    """The canonical weight: (O, I) of a linear product, (E, O, I) of experts, torch's layout of a
+    convolution."""
     product: Node = field(compare=False)
     """The canonical product that the site replaces."""
     config: Resolved = field(compare=False)
     training: bool = field(compare=False)
+    experts: int = 0
+    """Matrices of which every row takes one; 0 for a product of one matrix, or of groups."""
+
+    @property
+    def range_shape(self) -> tuple[int, ...]:
+        """Of the site's input ranges: (tiles,), or (experts, tiles) where each has its own."""
+        own = self.experts and self.config.own_expert_ranges
+        return (self.experts, len(self.in_sizes)) if own else (len(self.in_sizes),)
 
 
 @dataclass
@@ -96,6 +118,8 @@ class Context:
     gradients: bool = True
     """Whether the graph may be asked for gradients."""
     sites: list[Site] = field(default_factory=list)
+    delegated: list[str] = field(default_factory=list)
+    """Paths of children that compute products in the place of the module's own code."""
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     """(pass, node, reason) where a pass could have fired and did not."""
 
@@ -106,6 +130,14 @@ class Context:
     def training_of(self, product: Node) -> bool:
         """The mode that a canonical product's module is in."""
         return self.training
+
+    def packs(self, weight: Node) -> bool:
+        """Whether an attention's packed weight is one matrix, and not three."""
+        return self.config is not None and self.config.packed_projections
+
+    def child_of(self, product: Node) -> str | None:
+        """The path of the child whose own product a canonical product is; None for no child's."""
+        return None
 
     def attribute(self, graph: Graph, site: Site, name: str) -> Any:
         """What stands for an attribute of the site's module, at the insertion point."""
@@ -122,6 +154,12 @@ class Context:
     def note(self, decided_by: str, node: Node, reason: str) -> None:
         """Say why a pass left a node as it is."""
         self.notes.append((decided_by, node.name, reason))
+
+
+def is_canonical(node: Node) -> bool:
+    """Whether a node is a product with a parameter in the form that ``normalize`` gives it."""
+    known = node.target in (F.linear, EXPERTS) or node.target in CONVOLUTIONS
+    return node.op == "call_function" and known and weight_value(node.args[1]) is not None
 
 
 def split_sizes(size: int, limit: int) -> list[int]:
@@ -142,7 +180,9 @@ def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
     One op may multiply by several matrices, as a recurrent layer does: the largest is what the
     node is reported by, the others follow it.
     """
-    operands = [n.meta.get("cut_from", n) for n in node.all_input_nodes]
+    operands = [
+        n.meta.get("cut_from", n.meta.get("gathered_from", n)) for n in node.all_input_nodes
+    ]
     weights = [n for n in operands if weight_value(n) is not None]
     weights.sort(key=lambda n: n.meta["stationary"].numel(), reverse=True)
     matrices = [n for n in weights[1:] if n.meta["stationary"].dim() > 1]
@@ -155,9 +195,19 @@ def refuse(node: Node, kind: str, reason: str, decided_by: str) -> None:
             status="digital",
             reason=reason,
             decided_by=decided_by,
+            where=where_of(node),
         )
         for weight in (weights[0], *matrices)
     )
+
+
+def where_of(node: Node) -> str:
+    """File and line of the statement that made a node, empty if nobody noted it."""
+    if "where" in node.meta:
+        return str(node.meta["where"])
+    # A compiler notes the whole stack, the statement itself last.
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else ""
 
 
 def decisions_of(node: Node) -> list[Decision]:
@@ -166,7 +216,7 @@ def decisions_of(node: Node) -> list[Decision]:
     return [meta["decision"], *meta.get("further_decisions", ())] if "decision" in meta else []
 
 
-_ORIGIN = ("nn_module_stack", "from_fused", "recompute", "ac_graph_id")
+_ORIGIN = ("nn_module_stack", "from_fused", "recompute", "ac_graph_id", "where", "stack_trace")
 
 
 def keep_origin(node: Node, origin: Node) -> None:

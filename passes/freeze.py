@@ -45,6 +45,8 @@ def freeze(graph: Graph, context: Context) -> int:
 
 def _objection(site: FusedSite, context: Context) -> str:
     """Why a site cannot be prepared; empty if it can."""
+    if site.op == "experts":
+        return "a layer of experts multiplies by those that have rows"
     if context.gradients:
         return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
     _, weight, bias, input_range, clip, seed, *_ = site.node.args

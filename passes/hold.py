@@ -36,12 +36,12 @@ def hold(graph: Graph, context: Context) -> int:
 def _rewrite(graph: Graph, site: FusedSite, holdings: Node) -> None:
     number = site.node.meta["made"][0]
     x, _, bias, input_range, *_ = site.node.args
-    texts: list[Any] = [*site.node.args[6:-1], encode(site.spec)]
+    others: list[Any] = [*site.node.args[6:-1], encode(site.spec)]
     with graph.inserting_before(site.node):
         held = graph.call_function(operator.getitem, (holdings, number))
         parts = [graph.call_function(operator.getitem, (held, part)) for part in range(3)]
-        op = _dialect.held_conv.default if site.is_conv else _dialect.held_linear.default
-        y = graph.call_function(op, (x, parts[0], bias, input_range, *parts[1:], *texts))
+        op = getattr(_dialect, f"held_{site.op}").default
+        y = graph.call_function(op, (x, parts[0], bias, input_range, *parts[1:], *others))
     y.meta |= site.y.meta
     site.y.replace_all_uses_with(y)
     graph.erase_node(site.y)

@@ -42,7 +42,9 @@ def _fuse(graph: Graph, site: Site, context: Context) -> bool:
 
     with graph.inserting_before(out):
         emit = Emitter(graph, site, context)
-        if window is None:
+        if site.experts:
+            y = _experts(emit, x, *operands, state, _first(nodes, "offsets"), spec)
+        elif window is None:
             y = _linear(emit, x, *operands, state, spec)
         elif len(site.in_sizes) == 1 and spec.range_mode != "dynamic":
             y = _convolution(emit, x, *operands, state, window, spec)
@@ -62,6 +64,20 @@ def _linear(
     emit: Emitter, x: Node, weight: Any, bias: Any, state: tuple[Any, ...], spec: MVMSpec
 ) -> Node:
     fused = emit.call("fused", dialect.analog_linear.default, x, weight, bias, *state, encode(spec))
+    return emit.call("fused", operator.getitem, fused, 0)
+
+
+def _experts(
+    emit: Emitter,
+    x: Node,
+    weight: Any,
+    bias: Any,
+    state: tuple[Any, ...],
+    offsets: Any,
+    spec: MVMSpec,
+) -> Node:
+    operands = (x, weight, bias, *state, offsets, encode(spec))
+    fused = emit.call("fused", dialect.analog_experts.default, *operands)
     return emit.call("fused", operator.getitem, fused, 0)
 
 
@@ -118,6 +134,7 @@ def _complete(site: Site, nodes: list[Node]) -> bool:
     }
     for node in nodes:
         enters = role(node) in ("input", "weight", "bias") and node.target is ops.autocast
+        enters = enters or role(node) == "offsets"
         if not enters and not inside.issuperset(node.all_input_nodes):
             return False
         leaves = role(node) == "output"
@@ -151,7 +168,7 @@ def _spec(site: Site, nodes: list[Node]) -> MVMSpec:
     noise, output, adc = (_first(nodes, r) for r in ("weight_noise", "output_noise", "adc"))
     dynamic = any(n.target is dialect.dynamic_range.default for n in nodes)
     inp_res, mode, decay, percentage = (
-        dac.args[2:] if dac else (0.0, "dynamic" if dynamic else "none", 0.0, 0.0)
+        dac.args[-4:] if dac else (0.0, "dynamic" if dynamic else "none", 0.0, 0.0)
     )
     modified: Any = clip or quantize
     scalars: dict[str, Any] = {
@@ -178,4 +195,9 @@ def _spec(site: Site, nodes: list[Node]) -> MVMSpec:
 
 def _per_channel(node: Node | None, argument: int) -> bool:
     """Whether a node is scaled by each row's own maximum."""
-    return node is not None and role(node.args[argument]) == "row_max"  # type: ignore[arg-type]
+    if node is None:
+        return False
+    scale: Any = node.args[argument]
+    if scale.target is dialect.expert_rows.default:
+        scale = scale.args[0]
+    return role(scale) == "row_max"

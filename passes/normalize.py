@@ -1,6 +1,7 @@
-"""normalize: every product with a parameter, however it is spelled, in one of two forms.
+"""normalize: every product with a parameter, however it is spelled, in one of three forms.
 
     F.linear(x, W (O, I), bias)
+    grouped_linear(x (N, I), W (E, O, I), bias (E, O), offsets (E,)), see ops/experts.py
     F.conv{1,2,3}d(x, W, bias, stride, padding, dilation, groups), all lists of ints
 
 A product that has no such form stays as it is and gets a decision that says why.
@@ -9,7 +10,7 @@ A product that has no such form stays as it is and gets a decision that says why
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from analogfx import ops
+from analogfx.passes import batched, harmless
 from analogfx.passes.contract import (
     CONVOLUTIONS,
+    EXPERTS,
     Context,
     Refused,
     keep_origin,
@@ -42,6 +46,9 @@ def transpose_rows(x: Tensor) -> Tensor:
 
 
 def _matmul(graph: Graph, node: Node, kind: str, input: Any, other: Any) -> Node:
+    product = batched.matmul(graph, kind, input, other)
+    if product is not None:
+        return product
     weight = weight_value(other)
     if weight is not None:
         if weight.dim() != 2:
@@ -64,8 +71,13 @@ def _transposed(graph: Graph, weight: Node) -> Node:
 
 def _is_bias(value: Any, outputs: int) -> bool:
     """Whether an addend is a vector with an element for every output, and no activation."""
+    return _has_shape(value, (outputs,))
+
+
+def _has_shape(value: Any, shape: Sequence[int]) -> bool:
+    """Whether a value is no activation, and of a shape."""
     known = value.meta.get("stationary") if isinstance(value, Node) else None
-    return isinstance(known, Tensor) and tuple(known.shape) == (outputs,)
+    return isinstance(known, Tensor) and tuple(known.shape) == tuple(shape)
 
 
 def _addmm(
@@ -109,6 +121,19 @@ def _linear(
     return linear_node(graph, kind, input, weight, bias)
 
 
+def _experts(
+    graph: Graph, node: Node, kind: str, x: Any, weight: Any, bias: Any, offsets: Any
+) -> Node | None:
+    value = weight_value(weight)
+    if value is None or value.dim() != 3:
+        raise Refused("the weights of experts are not parameters, one matrix for each")
+    if bias is None or _has_shape(bias, value.shape[:2]):
+        return None
+    product = batched.grouped(graph, kind, x, weight, None, offsets)
+    of_rows = graph.call_function(ops.experts.rows_of, (bias, offsets, product))
+    return graph.call_function(operator.add, (product, of_rows))
+
+
 def _conv(
     graph: Graph,
     node: Node,
@@ -150,6 +175,11 @@ def _per_axis(value: Any, dims: int) -> list[int]:
 _Rule = Callable[..., Node | None]
 _RULES: dict[Any, tuple[str, _Rule]] = {
     F.linear: ("linear", _linear),
+    EXPERTS: ("experts", _experts),
+    torch.bmm: ("bmm", batched.bmm),
+    "bmm": ("bmm", batched.bmm),
+    torch.baddbmm: ("baddbmm", batched.baddbmm),
+    "baddbmm": ("baddbmm", batched.baddbmm),
     torch.matmul: ("matmul", _matmul),
     operator.matmul: ("matmul", _matmul),
     torch.mm: ("matmul", _matmul),
@@ -163,8 +193,6 @@ _RULES: dict[Any, tuple[str, _Rule]] = {
     **{a: (f"conv{CONVOLUTIONS[f]}d", _conv) for a, f in _CONVOLUTION_ALIASES.items()},
 }
 _DIGITAL: dict[Any, str] = {
-    torch.bmm: "bmm",
-    torch.baddbmm: "baddbmm",
     torch.mv: "mv",
     torch.dot: "dot",
     torch.inner: "inner",
@@ -178,11 +206,18 @@ _DIGITAL: dict[Any, str] = {
     F.conv_transpose3d: "conv_transpose3d",
     F.multi_head_attention_forward: "multi_head_attention",
     torch._native_multi_head_attention: "multi_head_attention",
-    "bmm": "bmm",
-    "baddbmm": "baddbmm",
     "mv": "mv",
     "dot": "dot",
 }
+
+
+_UNKNOWN = "it may multiply by this weight, in code that no pass knows"
+
+
+def _is_matrix(node: Node) -> bool:
+    """Whether a value is, or is cut from, a weight of two dimensions or more."""
+    value = weight_value(node.meta.get("cut_from", node))
+    return value is not None and value.dim() > 1
 
 
 _RECURRENT = {"gru", "lstm", "rnn_relu", "rnn_tanh"}
@@ -198,19 +233,28 @@ def normalize(graph: Graph, context: Context) -> int:
     propagate_stationary(graph)
     count = 0
     for node in list(graph.nodes):
-        rule = _RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+        rule = _rule(node) if node.op in ("call_function", "call_method") else None
         weights = [n for n in node.all_input_nodes if weight_value(n) is not None]
+        weights += _picked(node)
         cut = any("cut_from" in n.meta for n in node.all_input_nodes)
-        if not (weights or cut) or {"stationary", "cut_from", "decision"} & node.meta.keys():
+        if not (weights or cut) or {"stationary", "decision"} & node.meta.keys():
             continue  # no parameter in it, or nothing but parameters, or decided already
+        if "cut_from" in node.meta and rule is None:
+            continue  # what a weight is cut by; a product with a constant looks alike
         if rule is None:
             name = _unmapped_product(node)
             if name:
-                refuse(node, name, "no tile computes this product", "normalize")
+                packed = "the lengths of packed sequences are values: analogize() makes it analog"
+                reason = packed if name in _RECURRENT else "no tile computes this product"
+                refuse(node, name, reason, "normalize")
+            elif any(_is_matrix(n) for n in node.all_input_nodes) and harmless.consumes(node):
+                refuse(node, harmless.plain_name(node.target), _UNKNOWN, "normalize")
             continue
         kind, rewrite = rule
+        kind = node.meta.get("spelled", kind)
         if not weights:
-            refuse(node, kind, "the weight is cut by the input's shape", "normalize")
+            why = next(n.meta["cut_why"] for n in node.all_input_nodes if "cut_why" in n.meta)
+            refuse(node, kind, why, "normalize")
             continue
         before = node.prev
         try:
@@ -232,13 +276,34 @@ def normalize(graph: Graph, context: Context) -> int:
     return count
 
 
+def _picked(node: Node) -> list[Node]:
+    """The operands of a call that are picked out of a stack of matrices."""
+    found = [(n, batched.gathered(n)) for n in node.all_input_nodes]
+    for operand, origin in found:
+        if origin is not None:
+            operand.meta["gathered_from"] = origin.weight
+    return [operand for operand, origin in found if origin is not None]
+
+
+def _rule(node: Node) -> tuple[str, _Rule] | None:
+    """The rule for a call, if there is one."""
+    if _name(node).endswith(("grouped_mm", "grouped_mm_fallback")):  # torch's, transformers'
+        return "grouped_mm", batched.grouped_mm
+    return _RULES.get(node.target)
+
+
+def _name(node: Node) -> str:
+    """The name of what a node calls, without namespace and overload."""
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(node.target).split(".")[1]
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _unmapped_product(node: Node) -> str:
     """The name of a product that no rule knows, empty for anything else."""
     if node.op not in ("call_function", "call_method"):
         return ""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        name = str(node.target).split(".")[1]
+    name = _name(node)
     known = "grouped_mm" in name or name in _RECURRENT
     return _DIGITAL.get(node.target) or (name if known else "")
 

@@ -8,12 +8,15 @@ from torch.fx import Graph
 
 from analogfx.passes.contract import Context, Decision, decisions_of
 from analogfx.passes.convert_once import convert_once
+from analogfx.passes.delegate import delegate
 from analogfx.passes.epilogue import epilogue
+from analogfx.passes.expand import expand
 from analogfx.passes.freeze import freeze
 from analogfx.passes.insert import insert
 from analogfx.passes.lower import lower
 from analogfx.passes.map_tiles import map_tiles
 from analogfx.passes.normalize import normalize
+from analogfx.passes.respell import respell
 from analogfx.passes.select import select
 from analogfx.passes.share_input import share_input
 from analogfx.passes.skip_conversion import skip_conversion
@@ -22,7 +25,15 @@ from analogfx.passes.skip_identity import skip_identity
 
 Pass = Callable[[Graph, Context], int]
 
-EXPLICIT: tuple[Pass, ...] = (normalize, select, insert, map_tiles)
+EXPLICIT: tuple[Pass, ...] = (
+    expand,
+    respell,
+    normalize,
+    delegate,
+    select,
+    insert,
+    map_tiles,
+)
 """From a captured graph to one node for every role."""
 
 FUSED: tuple[Pass, ...] = (lower,)

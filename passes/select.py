@@ -6,17 +6,19 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
 from analogfx.passes.contract import (
     CONVOLUTIONS,
+    EXPERTS,
     Context,
     Decision,
     Site,
+    is_canonical,
     refuse,
     split_sizes,
+    where_of,
 )
 from analogfx.passes.stationary import sources, weight_value
 from analogfx.state import StateNames, state_names
@@ -31,7 +33,7 @@ _VIEWS = {
 
 def _is_view(node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("get_attr", "placeholder") or name in _VIEWS
+    return node.op in ("get_attr", "placeholder") or name.partition(".")[0] in _VIEWS
 
 
 def _is_rearranged(weight: Node) -> bool:
@@ -68,10 +70,7 @@ def select(graph: Graph, context: Context) -> int:
     products = [
         n
         for n in graph.nodes
-        if n.op == "call_function"
-        and (n.target is F.linear or n.target in CONVOLUTIONS)
-        and weight_value(n.args[1]) is not None
-        and not {"site", "decision", "made"} & n.meta.keys()
+        if is_canonical(n) and not {"site", "decision", "made", "stationary"} & n.meta.keys()
     ]
     chosen = []
     for node in products:
@@ -94,8 +93,10 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
     assert config is not None
     value: torch.Tensor = weight.meta["stationary"]
     groups = arguments[6] if node.target in CONVOLUTIONS else 1
-    in_sizes = split_sizes(math.prod(value.shape[1:]), config.max_input_size)
-    out_sizes = split_sizes(value.shape[0], config.max_output_size)
+    experts = value.shape[0] if node.target is EXPERTS else 0
+    outputs, *inputs = value.shape[1:] if experts else value.shape
+    in_sizes = split_sizes(math.prod(inputs), config.max_input_size)
+    out_sizes = split_sizes(outputs, config.max_output_size) * max(experts, 1)
     decision = Decision(
         name=weight.meta["parameter"],
         kind=node.meta["kind"],
@@ -104,6 +105,7 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
         status="analog",
         reason="",
         decided_by="select",
+        where=where_of(node),
     )
     return Site(
         decision,
@@ -117,4 +119,5 @@ def _site(node: Node, index: int, state: StateNames, context: Context) -> Site:
         node,
         config,
         context.training_of(node),
+        experts,
     )

@@ -19,6 +19,11 @@ from analogfx.passes.stationary import writes
 
 _LINEAR = torch.ops.analogfx.analog_linear.default
 _CONV = torch.ops.analogfx.analog_conv.default
+_OPS: dict[Any, str] = {
+    _LINEAR: "linear",
+    _CONV: "conv",
+    torch.ops.analogfx.analog_experts.default: "experts",
+}
 
 # Positions in the arguments of the prepared products.
 X, WEIGHT, ADC, BIAS, RESIDUAL, RANGE, ANALOG_X = range(7)
@@ -33,15 +38,20 @@ class FusedSite:
     spec: MVMSpec
 
     @property
+    def op(self) -> str:
+        """What it computes: "linear", "conv" or "experts"."""
+        return _OPS[self.node.target]
+
+    @property
     def is_conv(self) -> bool:
         """Whether it is a convolution."""
-        return self.node.target is _CONV
+        return self.op == "conv"
 
 
 def fused_sites(graph: Graph) -> Iterator[FusedSite]:
     """Every site that ``lower`` fused, in order."""
     for node in list(graph.nodes):
-        if node.target in (_LINEAR, _CONV):
+        if node.target in _OPS:
             results = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
             if len(results) == len(node.users) == 1:
                 yield FusedSite(node, results[0], spec_of(node))

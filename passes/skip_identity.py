@@ -45,6 +45,8 @@ def skip_identity(graph: Graph, context: Context) -> int:
 
 def _objection(site: FusedSite) -> str:
     spec: MVMSpec = site.spec
+    if site.op == "experts":
+        return "a layer of experts"
     if spec.groups > 1 and not site.is_conv:
         return "a grouped product on patches"
     if spec.range_mode != "none":

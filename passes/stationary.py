@@ -10,7 +10,12 @@ The notes on a node, in its ``meta``:
 ``cast_of``
     The weight that the node casts to another dtype.
 ``cut_from``
-    The weight that the node cuts by the shape of an input.
+    The weight that the node computes its value from, together with an input's shape, or with an
+    input that chooses among matrices.
+``cut_why``
+    What keeps such a value off a tile.
+``activation``
+    The value counts as one that an input reaches, though it is computed from parameters alone.
 ``written``
     The weight is changed in place somewhere.
 ``describes``
@@ -86,7 +91,7 @@ def writes(node: Node) -> bool:
         return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or _asked_in_place(node) or "out" in node.kwargs
+    return in_place or _asked_in_place(node) or node.kwargs.get("out") is not None
 
 
 def _asked_in_place(node: Node) -> bool:
@@ -124,7 +129,7 @@ def propagate_stationary(graph: Graph) -> None:
         node.meta["describes"] = _describes(node)
         inputs = node.all_input_nodes
         called = node.op in ("call_function", "call_method")
-        if "stationary" in node.meta or not called or not inputs:
+        if "stationary" in node.meta or not called or not inputs or node.meta.get("activation"):
             continue
         if writes(node):
             _note_write(node)
@@ -138,17 +143,37 @@ def propagate_stationary(graph: Graph) -> None:
 
 
 def _note_write(node: Node) -> None:
-    written = node.kwargs.get("out", node.args[0] if node.args else None)
+    written = node.kwargs.get("out")
+    if written is None and node.args:
+        written = node.args[0]
     if isinstance(written, Node) and weight_value(written) is not None:
         for source in sources(written):
             source.meta["written"] = True
 
 
 def _note_cut(node: Node) -> None:
+    if node.target in _CHOOSING and node.args:
+        table = weight_value(node.args[0])
+        if table is not None and table.dim() > 2:  # matrices, as experts are: no look-up
+            _cut(node, node.args[0], "its matrices are chosen by the input")
+            return
     inputs = [n for n in node.all_input_nodes if not n.meta["describes"]]
-    weights = [n.meta.get("cut_from", n) for n in inputs]
-    if len(weights) == 1 and weight_value(weights[0]) is not None:
-        node.meta["cut_from"] = weights[0]
+    cut = [n for n in inputs if "cut_from" in n.meta]
+    weights = [n for n in inputs if weight_value(n) is not None]
+    if cut and all("cut_from" in n.meta or "stationary" in n.meta for n in inputs):
+        _cut(node, cut[0].meta["cut_from"], cut[0].meta["cut_why"])
+    elif len(inputs) == len(weights) == 1:
+        _cut(node, weights[0], "the weight is cut by the input's shape")
+
+
+_CHOOSING = {
+    operator.getitem, torch.index_select, torch.gather, torch.take_along_dim, "index_select",
+    "gather", "take_along_dim",
+}  # fmt: skip
+
+
+def _cut(node: Node, weight: Any, why: str) -> None:
+    node.meta["cut_from"], node.meta["cut_why"] = weight, why
 
 
 def _is_cast(node: Node) -> bool:
@@ -163,9 +188,17 @@ def _evaluate(node: Node) -> None:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
             value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    except Exception:  # whatever it is, it is not a weight that we can reason about
+    except Exception as error:  # whatever it is, it is not a weight that we can reason about
+        weights = [n for n in node.all_input_nodes if weight_value(n) is not None]
+        if weights:
+            _cut(node, weights[0], f"its weight needs values to be computed ({_line(error)})")
         return
     parameters = (n.meta["parameter"] for n in node.all_input_nodes)
     mark_stationary(node, value, next((p for p in parameters if p is not None), None))
     if _is_cast(node) and value.is_floating_point():
         node.meta["cast_of"] = node.args[0]
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}"[:120]

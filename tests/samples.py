@@ -83,6 +83,20 @@ CONFIGS = {
 }  # fmt: skip
 EVERYTHING = CONFIGS["everything"]
 
+
+class Routed(nn.Module):
+    """Rows that pick one of four matrices, by the signs of their first two numbers."""
+
+    def __init__(self, inputs=12, outputs=7, experts=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(experts, outputs))
+
+    def forward(self, x):
+        ids = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+        return torch.einsum("ni,noi->no", x, self.weight[ids]) + self.bias[ids]
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 7), (5, 12)),
     "linear of 3-D": (lambda: nn.Linear(12, 7, bias=False), (2, 3, 12)),
@@ -98,10 +112,12 @@ LAYERS = {
     "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4, padding=2), (2, 4, 6)),
 }  # fmt: skip
 """Name to (makes the layer, shape of its input)."""
+ALL_LAYERS = {**LAYERS, "experts": (Routed, (9, 12))}
+"""Those, and one whose weight is a stack of matrices."""
 
 
 def layer_and_input(name, dtype=torch.float64, seed=0):
-    make, shape = LAYERS[name]
+    make, shape = ALL_LAYERS[name]
     torch.manual_seed(seed)
     return make().to(dtype), torch.randn(shape, dtype=dtype)
 

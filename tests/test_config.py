@@ -18,7 +18,7 @@ import analogfx
 from analogfx import chip
 from analogfx import config as own
 from analogfx.chip.record import Record
-from analogfx.config import TorchInferenceRPUConfig, as_config, resolve
+from analogfx.config import ExpertRange, TorchInferenceRPUConfig, as_config, resolve
 from analogfx.errors import AnalogfxError, ConfigError
 
 CLASSES = [
@@ -78,9 +78,9 @@ def to_lightning(value):
     values = {
         name: to_lightning(item)
         for name, item in vars(value).items()
-        if not isinstance(item, Record)
+        if not isinstance(item, (Record, ExpertRange))
     }
-    for name in ("max_output_size", "noise_model", "drift_compensation"):
+    for name in ("max_output_size", "packed_projections", "noise_model", "drift_compensation"):
         values.pop(name, None)
     return getattr(lightning, type(value).__name__)(**values)
 
@@ -137,6 +137,8 @@ class TestSameAsLightning:
         # The fields of our own.
         mapping = found.get("mapping", found)
         assert mapping.pop("max_output_size", -1) == -1
+        assert not mapping.pop("packed_projections", False)
+        assert mapping.pop("experts", "shared") == "shared"
         assert found.pop("noise_model", None) is None
         assert found.pop("drift_compensation", None) is None
         assert found == expected
@@ -232,7 +234,8 @@ class TestAsConfig:
     def test_accepts_lightnings_config(self, config):
         config.modifier.type = "NONE"
         config.modifier.enable_during_test = False
-        config.mapping.max_output_size = -1
+        config.mapping.max_output_size, config.mapping.packed_projections = -1, False
+        config.mapping.experts = "shared"
         config.noise_model = config.drift_compensation = None
         foreign = to_lightning(config)
         before = copy.deepcopy(foreign)

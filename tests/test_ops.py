@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from samples import CONFIGS, EVERYTHING, IDENTITY, LAYERS, TILES, layer_and_input, merged
+from samples import ALL_LAYERS, CONFIGS, EVERYTHING, IDENTITY, TILES, layer_and_input, merged
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,8 @@ NAMES = sorted(
 )
 RANDOM = {"draw_seed"}
 ONCE_DIFFERENTIABLE = {
-    "analog_linear_backward", "analog_conv_backward", "held_linear", "held_conv",
+    "analog_linear_backward", "analog_conv_backward", "analog_experts_backward",
+    "held_linear", "held_conv", "held_experts", "expert_mvm_backward", "expert_dac_backward",
 }  # fmt: skip
 
 
@@ -56,6 +57,8 @@ class CallsBelow(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+OWN = {"mapping": {"experts": "own"}}
+
 # Every op is checked on the arguments that it gets when these sites train.
 SITES = {
     "linear": ("linear", EVERYTHING),
@@ -70,6 +73,11 @@ SITES = {
     "conv, fast": ("conv2d", CONFIGS["fast"]),
     "conv, groups": ("grouped", EVERYTHING),
     "conv3d": ("conv3d", CONFIGS["weight noise"]),
+    "experts": ("experts", EVERYTHING),
+    "experts, tiles and own ranges": ("experts", merged(EVERYTHING, TILES, OWN)),
+    "experts, fast and own ranges": ("experts", merged(CONFIGS["fast"], OWN)),
+    "experts, dynamic": ("experts", CONFIGS["everything, dynamic"]),
+    "experts, nothing on": ("experts", IDENTITY),
 }
 
 
@@ -110,6 +118,16 @@ def calls_on_chip(layer):
     return above.calls
 
 
+def calls_of_a_digital_layer():
+    """What the product of experts that a config leaves digital is called with."""
+    x, offsets = torch.randn(5, 4, requires_grad=True), torch.tensor([2, 2, 4])
+    weight, bias = (torch.randn(s, requires_grad=True) for s in ((3, 6, 4), (3, 6)))
+    with CallsOf() as above:
+        for b in (bias, None):
+            ops.experts.grouped_linear(x, weight, b, offsets)
+    return above.calls
+
+
 def check(function, args, compiled=True):
     """torch's own checks of an op; ``compiled``, the slow one, runs it through AOT autograd."""
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
@@ -141,7 +159,9 @@ def recorded():
         for explicit in (True, False):
             for function, args in calls(site, explicit):
                 found[function._opname].setdefault(signature(args), (function, args))
-    for layer in ("linear", "linear of 3-D", "conv2d", "grouped"):
+    for function, args in calls_of_a_digital_layer():
+        found[function._opname].setdefault(signature(args), (function, args))
+    for layer in ("linear", "linear of 3-D", "conv2d", "grouped", "experts"):
         for function, args in calls_on_chip(layer):
             found[function._opname].setdefault(signature(args), (function, args))
     return {name: list(by_signature.values()) for name, by_signature in found.items()}
@@ -186,7 +206,7 @@ def test_no_op_writes_to_its_inputs(site, explicit):
             assert torch.equal(t, value) and t._version == version, function
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ALL_LAYERS)
 def test_a_first_derivative_can_be_kept_and_a_second_is_refused(layer):
     module, x = layer_and_input(layer)
     analog = analogfx.analogize(module, EVERYTHING)

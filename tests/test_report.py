@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from samples import IDENTITY, TILES, mlp
@@ -12,7 +13,7 @@ from analogfx.report import Report, check_strict
 
 def site(name="layer", shape=(4, 3), status="analog", reason="", asked=False):
     grid = (2, 1) if status == "analog" else (0, 0)
-    return SiteReport(name, "linear", shape, grid, status, reason, "select", asked)
+    return SiteReport(name, "linear", shape, grid, status, reason, "select", asked=asked)
 
 
 MISSED = site("b", (2, 2), "digital", "no tile computes this product")
@@ -21,14 +22,55 @@ MIXED = Report((site("a", (4, 3)), MISSED, ASKED))
 
 
 def test_printing_gives_a_table():
-    assert str(MIXED).splitlines() == [
-        "site  kind    weight  tiles  status   decided by  reason",
-        "----  ------  ------  -----  -------  ----------  -----------------------------",
-        "a     linear  4x3     2x1    analog   select",
-        "b     linear  2x2     -      digital  select      no tile computes this product",
-        "c     linear  5       -      digital  select      left digital by the config",
+    assert MIXED.text().splitlines() == [
+        "site  kind    weight  tiles  status   reason",
+        "----  ------  ------  -----  -------  -----------------------------",
+        "b     linear  2x2     -      digital  no tile computes this product",
+        "c     linear  5       -      digital  left digital by the config",
+        "a     linear  4x3     2x1    analog",
         "1 of 3 products analog, 57.1% of the weight elements",
     ]
+
+
+def test_a_verbose_table_has_every_row_in_order_and_who_decided():
+    layers = Report((site("h.0.fc"), site("h.1.fc"), MISSED), kernels={"h.0.fc": ON_CPU})
+    assert layers.text(verbose=True).splitlines()[2:] == [
+        "h.0.fc  linear  4x3     2x1    analog   select",
+        "h.1.fc  linear  4x3     2x1    analog   select",
+        "b       linear  2x2     -      digital  select      no tile computes this product",
+        "2 of 3 products analog, 85.7% of the weight elements",
+        f"1 computed by {ON_CPU}",
+    ]
+    assert ON_CPU not in layers.text()
+
+
+ON_CPU = "torch: the tensors are on cpu, not on a CUDA device"
+
+
+def test_layers_that_repeat_are_one_row():
+    layers = [site(f"h.{i}.fc") for i in range(12)]
+    assert Report((*layers, site("head"))).text().splitlines()[2:4] == [
+        "h.{0..11}.fc  ×12  linear  4x3     2x1    analog",
+        "head               linear  4x3     2x1    analog",
+    ]
+
+
+def test_a_row_says_where_and_what_to_do():
+    row = replace(MISSED, where="model.py:7", decided_by="capture", reason="it branches")
+    assert (
+        Report((row,))
+        .text()
+        .splitlines()[2]
+        .endswith(
+            'it branches (model.py:7); torch.compile(model, backend="analogfx") sees what runs'
+        )
+    )
+
+
+def test_a_narrow_table_wraps_its_reasons():
+    lines = MIXED.text(width=66).splitlines()
+    assert max(map(len, lines[:-1])) <= 66
+    assert lines[2].endswith("no tile computes this") and lines[3].strip() == "product"
 
 
 def test_an_empty_report_prints():
@@ -42,6 +84,8 @@ def test_an_empty_report_prints():
     [
         ((), 1.0),
         ((site(),), 1.0),
+        ((site("a", (), "digital"),), 0.0),
+        ((site("a", (4, 3)), site("b", (), "digital")), 1.0),
         ((MISSED,), 0.0),
         ((site("a", (3, 4)), site("b", (2, 2), "digital")), 0.75),
         ((site("a", (8, 1, 3)), site("b", (24,), "digital")), 0.5),
@@ -58,7 +102,7 @@ def test_to_dict_is_plain_data():
     assert data["sites"][1] == {
         "name": "b", "kind": "linear", "weight_shape": [2, 2], "tile_grid": [0, 0],
         "status": "digital", "reason": "no tile computes this product", "decided_by": "select",
-        "asked": False,
+        "where": "", "asked": False, "parameter": "", "module": "",
     }  # fmt: skip
 
 
@@ -66,7 +110,9 @@ def test_strict_names_what_was_missed_and_not_what_was_asked_for():
     with pytest.raises(PlacementError) as caught:
         check_strict(MIXED)
     assert str(caught.value).splitlines()[1:] == [
-        "  b (linear, [2, 2]): no tile computes this product"
+        "site  kind    weight  reason",
+        "----  ------  ------  -----------------------------",
+        "b     linear  2x2     no tile computes this product",
     ]
     check_strict(Report((site(), ASKED)))
 

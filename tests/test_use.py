@@ -218,11 +218,11 @@ class Untraceable(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, x, **kwargs):
-        return F.linear(x, self.layer.weight)
+    def forward(self, x):
+        return F.linear(x, self.layer.weight) if x.sum() > 0 else x
 
 
-@pytest.mark.parametrize("model", [Untraceable(), nn.ConvTranspose2d(2, 2, 2), nn.LSTM(2, 2)])
+@pytest.mark.parametrize("model", [Untraceable()])
 def test_strict_refuses_what_cannot_be_seen(model):
     with pytest.raises(analogfx.errors.PlacementError, match=type(model).__name__):
         analogfx.analogize(nn.Sequential(model), RANGES, strict=True)

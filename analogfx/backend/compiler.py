@@ -12,7 +12,6 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch.fx import Graph, GraphModule
 
 from analogfx.backend import graph as dynamo
-from analogfx.backend.attention import expand_attention
 from analogfx.backend.checkpoint import inline_checkpoints, keep_results
 from analogfx.backend.context import DynamoContext
 from analogfx.backend.feed import Feed
@@ -86,7 +85,6 @@ def rewrite(
     """
     made = dynamo.editable(module)
     inline_checkpoints(made)
-    expand_attention(made.graph)
     fake_mode = detect_fake_mode(inputs) or TracingContext.get().fake_mode
     context = DynamoContext.of(made, options, fake_mode)
     _check(options, context)

@@ -16,7 +16,8 @@ from analogfx.backend.options import Options
 from analogfx.backend.state import Home, Names, Place, Slot, state_of
 from analogfx.choose import Chosen
 from analogfx.config import Resolved
-from analogfx.passes.contract import Context, Site
+from analogfx.modules.children import child_of
+from analogfx.passes.contract import Context, Site, is_canonical
 from analogfx.passes.stationary import without_cast
 
 
@@ -34,6 +35,8 @@ class DynamoContext(Context):
     equal: list[tuple[Node, Node]] = field(default_factory=list)
     """Frozen nodes whose values were taken for equal."""
     owners: dict[Node, dynamo.Owner] = field(default_factory=dict)
+    modules: dict[Node, nn.Module] = field(default_factory=dict)
+    """The modules that multiply, by the product, which is known by its operands at first alone."""
     slots: dict[tuple[int, Slot], list[Node]] = field(default_factory=dict)
     """(Which input is the weight, use of it) to the inputs that hold its state."""
 
@@ -53,10 +56,19 @@ class DynamoContext(Context):
     def config_of(self, product: Node) -> Resolved | None:
         """The config of the module that multiplies; a learned range or clip is refused."""
         node = self.parameter(product.args[1])
+        self._module(product, node)
         config = self.chosen(product, node).resolved
         if config is not None:
             refuse_learned(config, node.meta["parameter"], self.training_of(product))
         return config
+
+    def packs(self, weight: Node) -> bool:
+        """As the config of the module says that holds the weight."""
+        assert self.configs is not None
+        if self.configs.for_all is None and weight not in self.weights.values():
+            return False
+        chosen = self.configs.for_all or self.configs.of(self._owner(weight).module)
+        return chosen.resolved is not None and chosen.resolved.packed_projections
 
     def chosen(self, product: Node, node: Node) -> Chosen:
         """What was chosen for the module that multiplies by the parameter of an input."""
@@ -76,9 +88,24 @@ class DynamoContext(Context):
         return self.names.locate(dynamo.example(weight), self._module(product, weight))
 
     def _module(self, product: Node, node: Node) -> nn.Module:
-        """The module that multiplies, or the one that owns the weight."""
-        owner = self._owner(node).module
-        return dynamo.module_of(product, dynamo.example(node)) or owner
+        """The module that multiplies, its child whose product it is, or the weight's owner."""
+        owner = self._owner(node).module  # guarded, whichever module multiplies
+        if product not in self.modules:
+            module = dynamo.module_of(product, dynamo.example(node))
+            child = None if module is None else self._child(module, product)
+            self.modules[product] = child or module or owner
+        return self.modules[product]
+
+    def _child(self, module: nn.Module, product: Node) -> nn.Module | None:
+        """The child of a module that would compute a product of the module's own code."""
+        if not is_canonical(product):
+            return None
+        operands = (
+            dynamo.example(a) if isinstance(a, Node) and a.op == "placeholder" else a
+            for a in product.args[1:3]
+        )
+        child = child_of(module, product, *operands)
+        return None if child is None else module.get_submodule(child)
 
     def _owner(self, node: Node) -> dynamo.Owner:
         if node not in self.owners:
@@ -97,7 +124,7 @@ class DynamoContext(Context):
         position = graph.find_nodes(op="placeholder").index(node)
         weight, module = dynamo.example(node), self._module(site.product, node)
         place = self.names.locate(weight, module)
-        slot = Slot(derivation(site.weight), len(site.in_sizes), site.config, place)
+        slot = Slot(derivation(site.weight), site.range_shape, site.config, place)
         if (position, slot) not in self.slots:
             own = place.parts(str(node.meta["parameter"]))[1]
             home = self.names.home(weight, place) or Home(module, own)

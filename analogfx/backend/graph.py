@@ -29,7 +29,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import arg_tree_leaves
 
 from analogfx.errors import CaptureError
-from analogfx.passes.stationary import mark_stationary, propagate_stationary
+from analogfx.passes import harmless
+from analogfx.passes.stationary import mark_stationary, propagate_stationary, sources
 
 
 def editable(module: GraphModule) -> GraphModule:
@@ -95,7 +96,43 @@ def mark_weights(graph: Graph, names: dict[int, str]) -> dict[str, Node]:
         if is_parameter:
             found[path] = node
     propagate_stationary(graph)
+    _unmark_activations(graph)
     return found
+
+
+def _unmark_activations(graph: Graph) -> None:
+    """Take products of a module with a parameter of another one for products of an activation.
+
+    A layer that is called with a learned query multiplies it as it would any input; what a module
+    computes of its own parameters alone is a weight.
+    """
+    again = True
+    while again:
+        again = False
+        for node in graph.nodes:
+            if "stationary" not in node.meta or not harmless.consumes(node):
+                continue
+            inside = [_is_inside(node, n) for n in node.all_input_nodes]
+            if any(inside) and not all(inside):
+                node.meta["activation"] = again = True
+                _unmark(node)
+                propagate_stationary(graph)
+                break
+
+
+def _is_inside(product: Node, operand: Node) -> bool:
+    """Whether the module that multiplies holds all that an operand comes from."""
+    parameters = (example(n) for n in sources(operand) if n.op == "placeholder")
+    return all(module_of(product, p) is not None for p in parameters if isinstance(p, nn.Parameter))
+
+
+def _unmark(node: Node) -> None:
+    """Forget that a node, and what is computed from it, was computed from parameters alone."""
+    for user in node.users:
+        if "stationary" in user.meta:
+            _unmark(user)
+    for note in ("stationary", "parameter", "cast_of", "cut_from", "cut_why"):
+        node.meta.pop(note, None)
 
 
 def source_of(node: Node) -> str:

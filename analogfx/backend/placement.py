@@ -15,7 +15,9 @@ from analogfx.backend.options import Options
 from analogfx.backend.state import Place
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, SiteReport, decisions_of
+from analogfx.passes.expand import expand
 from analogfx.passes.normalize import normalize
+from analogfx.passes.respell import respell
 from analogfx.passes.select import select
 from analogfx.report import CompiledSite
 
@@ -66,7 +68,7 @@ def _hidden(module: GraphModule) -> list[Product]:
     """Products in graphs that an op of this graph runs, which stay digital."""
     found = []
     for name, graph in dynamo.inner_graphs(module):
-        pipeline.run((normalize, select), graph, Context(None, False))
+        pipeline.run((expand, respell, normalize, select), graph, Context(None, False))
         for node, decision in ((n, d) for n in graph.nodes for d in decisions_of(n)):
             reason = f"inside {name}, whose graph the passes do not enter"
             warnings.warn(

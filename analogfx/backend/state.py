@@ -46,7 +46,8 @@ class Slot:
 
     derivation: str
     """How the weight is computed from its parameter."""
-    tiles: int
+    ranges: tuple[int, ...]
+    """Shape of the ranges."""
     config: Resolved
     place: Place = Place()
 
@@ -60,13 +61,13 @@ class Home:
 
 
 class RangeState:
-    """Ranges of one slot and the statistics that set them; each (k,) for k tiles."""
+    """Ranges of one slot and the statistics that set them, each of the slot's shape."""
 
     def __init__(self, slot: Slot, weight: Tensor) -> None:
         """State that has seen no data."""
         self._tensors = tuple(
             torch.full(
-                variable.shape(slot.tiles, 0),
+                variable.shape(slot.ranges, 0),
                 variable.initial(slot.config) if variable.initial else 0,
                 dtype=variable.dtype(weight.dtype),
                 device=weight.device,

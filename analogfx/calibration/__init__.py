@@ -114,7 +114,7 @@ def calibrate(
             count = _feed(run, batches, f"calibrate: {settings.method}", progress)
         before = {key: _ranges(key[0], found.site) for key, found in inputs.sites.items()}
         for (module, _), found in inputs.sites.items():
-            _set(module, found.site, found.estimator.ranges())
+            _set(module, found.site, found.ranges())
         if adc:
             ranged = [m for m in named if m._analog.resolved.has_range]
             with outputs.watching(ranged):
@@ -129,7 +129,7 @@ def calibrate(
             seen, given = inputs.sites.get((module, index)), outputs.sites.get((module, index))
             if seen or given:
                 after = _ranges(module, seen.site) if seen else ()
-                clipped = tuple(seen.estimator.clipped(after)) if seen else ()
+                clipped = tuple(seen.clipped(after)) if seen else ()
                 beyond = given.clipped(out_bound) if given and out_bound else None
                 row = SiteCalibration(name, before.get((module, index), ()), after, clipped, beyond)
                 rows.append(row)
@@ -222,14 +222,14 @@ def _all_or_nothing(named: _Names) -> Iterator[None]:
 
 def _ranges(module: AnalogModule, site: AnalogSite) -> tuple[float, ...]:
     value: Tensor = getattr(module, site.state.input_range)
-    return tuple(value.detach().abs().tolist())
+    return tuple(value.detach().abs().flatten().tolist())
 
 
 def _set(module: AnalogModule, site: AnalogSite, ranges: Sequence[float]) -> None:
     """Give tiles their ranges and close them to statistics; NaN and 0 leave a tile as it is."""
     names = site.state
     state: Tensor = getattr(module, names.input_range)
-    new = torch.tensor(ranges, dtype=state.dtype, device=state.device)
+    new = torch.tensor(ranges, dtype=state.dtype, device=state.device).view_as(state)
     known = new.isfinite() & (new > 0)
     closed = getattr(module, names.of(COUNT)).clamp(min=module._analog.resolved.init_from_data)
     # In fast mode the range is the larger of these two.
@@ -256,7 +256,7 @@ def _warn(named: _Names, inputs: InputPass) -> None:
     silent, broken = [], []
     for (module, index), seen in inputs.sites.items():
         name = named[module][index]
-        ranges = seen.estimator.ranges()
+        ranges = seen.ranges()
         tiles = [str(i) for i, r in enumerate(ranges) if not 0 < r < math.inf]
         if tiles:
             part = f" (tiles {', '.join(tiles)})" if len(tiles) < len(ranges) else ""

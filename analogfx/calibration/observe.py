@@ -15,7 +15,8 @@ from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.capture import Pattern, bind, capture, pattern_of
+from analogfx.modules.capture import Pattern, capture, pattern_of
+from analogfx.modules.driven import bound
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program
 from analogfx.passes import pipeline
@@ -32,13 +33,15 @@ Observer = Callable[[AnalogModule, int], Callable[..., Any]]
 def inputs(graph: Graph, site: Site) -> None:
     """Show an observer the rows of a site's tiles: (..., I), or (..., groups, I) in groups.
 
-    Of a convolution these are the patches, zeros of the padding included. The product goes on
-    with what the observer returns.
+    Of a convolution these are the patches, zeros of the padding included. Of experts, (N, I), it is
+    told the offsets, too. The product goes on with what the observer returns.
     """
-    last = [n for n in made_for(graph, site) if role(n) == "input"][-1]
+    nodes = made_for(graph, site)
+    last = [n for n in nodes if role(n) == "input"][-1]
     readers = [user for user in last.users if role(user) != "output"]
-    with graph.inserting_before(last.next):
-        shown = _show(graph, site, last)
+    offsets = [n for n in nodes if role(n) == "offsets"]
+    with graph.inserting_before((offsets or [last])[-1].next):
+        shown = _show(graph, site, last, *offsets)
     for reader in readers:
         reader.replace_input_with(last, shown)
 
@@ -79,8 +82,10 @@ class _Watched(Placement):
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
-        run = self._build(module, self.program(module, False, pattern), pattern)
-        return run(module, *args, **kwargs)
+        program = self.program(module, False, pattern)
+        if program is None:  # a call that no graph stands for multiplies by nothing analog
+            return type(module).digital_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+        return self._build(module, program, pattern)(module, *args, **kwargs)
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def watching(
             placement = module._analog
             assert isinstance(placement, Placement)
             graph = _watched_graph(module, variant(placement.resolved), pattern, watch)
-            graphs[id(program)] = program, bind(graph)
+            graphs[id(program)] = program, bound(module, graph)
         return graphs[id(program)][1]
 
     before: list[tuple[AnalogModule, Placement]] = []

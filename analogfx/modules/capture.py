@@ -11,10 +11,12 @@ import dis
 import inspect
 import itertools
 import linecache
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ from torch.fx.proxy import ParameterProxy, Proxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analogfx.errors import CaptureError
-from analogfx.modules.kinds import FORWARDS
+from analogfx.modules import reads
+from analogfx.modules.kinds import FORWARDS, traced
 from analogfx.modules.stand_in import StandIn
 from analogfx.passes.stationary import mark_stationary
 
@@ -39,14 +42,6 @@ Pattern = tuple[tuple[str, Any], ...]
 """Arguments of a forward that are not tensors, by name: a graph is traced for their values."""
 
 _CONSTANT = (type(None), bool, int, float, str)
-
-# What a forward must mention to multiply anything by a parameter.
-_PRODUCTS = {
-    "linear", "bilinear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot",
-    "conv1d", "conv2d", "conv3d", "inner", "mv", "dot", "_grouped_mm", "grouped_mm",
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_dot", "chain_matmul",
-    "scaled_dot_product_attention", "multi_head_attention_forward",
-}  # fmt: skip
 
 
 def forward_of(module: nn.Module) -> Any:
@@ -56,52 +51,24 @@ def forward_of(module: nn.Module) -> Any:
     """
     cls = type(module)
     own = getattr(cls, "digital_forward", None) or getattr(cls, "forward", None)
-    return FORWARDS.get(own, own) if isinstance(own, FunctionType) else own
+    return traced(own) if isinstance(own, FunctionType) else own
 
 
-def mentions_product(module: nn.Module) -> bool:
+def may_multiply(module: nn.Module) -> bool:
     """Whether a module's forward, or a function of its own that it calls, could hold a product."""
-    if not isinstance(forward_of(module), FunctionType):
-        return True  # there is no telling
-    return any(
-        _PRODUCTS & {*code.co_names}
-        or any(
-            i.argrepr == "@" or i.opname == "BINARY_MATRIX_MULTIPLY"
-            for i in dis.get_instructions(code)
-        )
-        for code in _own_code(module)
-    )
+    if any(base.__dict__.get("forward") in FORWARDS for base in type(module).__mro__):
+        return True  # which it may call by super()
+    return reads.mentions_product(module, forward_of(module))
 
 
 def reads_weights(module: nn.Module) -> bool:
-    """Whether a module's code reads an attribute ``weight``, of a child say."""
-    return any("weight" in code.co_names for code in _own_code(module))
+    """Whether a module's code reads what a matrix of it, or of a module inside it, is called."""
+    return reads.mentions_weight(module, forward_of(module))
 
 
-def _own_code(module: nn.Module) -> Iterator[CodeType]:
-    """The code of a module's forward and of what it calls by name, torch's own left out."""
-    forward = forward_of(module)
-    pending: list[Any] = [forward, inspect.unwrap(forward)]
-    seen = set()
-    while pending:
-        function = pending.pop()
-        if not isinstance(function, FunctionType) or function in seen:
-            continue
-        seen.add(function)
-        for code in _codes(function.__code__):
-            yield code
-            for name in code.co_names:
-                helper = function.__globals__.get(name)
-                ours = not getattr(helper, "__module__", "torch").startswith("torch.")
-                pending += [getattr(type(module), name, None), helper if ours else None]
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def multiplied(module: nn.Module) -> list[str]:
+    """Matrices that a module's code may multiply by, read off its source, by path from it."""
+    return reads.multiplied(module, forward_of(module), dict(default_pattern(module)))
 
 
 def default_pattern(module: nn.Module) -> Pattern:
@@ -128,7 +95,15 @@ def takes_constants(module: nn.Module) -> bool:
     return any(p.default is not p.empty for p in _parameters(module))
 
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    """The arguments of a forward that have names."""
+    return [p for p in _signature(module) if p.kind not in _VARIADIC]
+
+
+def _signature(module: nn.Module) -> list[inspect.Parameter]:
     forward = forward_of(module)
     if not isinstance(forward, FunctionType):
         return []
@@ -154,6 +129,7 @@ class _OwnForward(Tracer):
             module,
             lambda name, value: self.getattr(name, value, self.cache),
             lambda child, args, kwargs: self.call_module(child, child.forward, args, kwargs),
+            FORWARDS,
         )
 
     def run(self, forward: FunctionType, training: bool, pattern: Pattern) -> Graph:
@@ -200,7 +176,23 @@ class _OwnForward(Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _modes() != self.modes:
             raise RuntimeError("it switches gradients or autocast on or off")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.op != "output":
+            node.meta["where"] = _statement()
+        return node
+
+
+_INNER = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+
+
+def _statement() -> str:
+    """File and line that runs, the innermost outside torch and this package."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_INNER):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 class _NoDraws(TorchDispatchMode):
@@ -244,21 +236,56 @@ def capture(module: nn.Module, training: bool, pattern: Pattern) -> Graph:
         raise CaptureError("forward is not a Python function")
     if "forward" in module.__dict__:
         raise CaptureError("forward is overridden on the instance, so its class does not run")
-    kinds = {p.kind for p in _parameters(module)}
-    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        raise CaptureError("forward takes *args or **kwargs")
+    forward = _without_variadic(forward_of(module), _signature(module))
     with TRACING:
         try:
             with torch.enable_grad():
-                graph = _OwnForward(module).run(forward_of(module), training, pattern)
+                graph = _OwnForward(module).run(forward, training, pattern)
         except CaptureError:
             raise
         except Exception as error:  # any code may fail in any way on a proxy
-            raise CaptureError(f"forward cannot be traced ({_line(error)})") from error
+            raise CaptureError(f"forward cannot be traced: {_reason(error)}") from error
         _restore_names(graph, [p.name for p in _parameters(module)])
+        _add_variadic(graph, _signature(module))
         for node in graph.nodes:
             _mark(module, node)
     return graph
+
+
+def _without_variadic(forward: FunctionType, signature: list[inspect.Parameter]) -> FunctionType:
+    """A forward without the ``*args`` and ``**kwargs`` that it takes and never reads.
+
+    Raises:
+        CaptureError: it reads them.
+    """
+    names = {p.name for p in signature if p.kind in _VARIADIC}
+    if not names:
+        return forward
+    code = forward.__code__
+    read = {i.argval for i in dis.get_instructions(code) if "LOAD" in i.opname}
+    if names & (read | {*code.co_cellvars}) or inspect.unwrap(forward) is not forward:
+        raise CaptureError("forward passes *args or **kwargs on, which differ from call to call")
+    flags = code.co_flags & ~(inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    plain = FunctionType(
+        code.replace(co_flags=flags), forward.__globals__, forward.__name__,
+        forward.__defaults__, forward.__closure__,
+    )  # fmt: skip
+    plain.__kwdefaults__ = forward.__kwdefaults__
+    return plain
+
+
+def _add_variadic(graph: Graph, signature: list[inspect.Parameter]) -> None:
+    """Let a graph take, and not read, the variadic arguments that its forward takes."""
+    inputs = {n.target: n for n in graph.find_nodes(op="placeholder")}
+    before: Node | None = None
+    for parameter in signature:
+        if parameter.kind in _VARIADIC:
+            stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+            place = graph.inserting_before() if before is None else graph.inserting_after(before)
+            with place:
+                before = graph.placeholder(f"{stars}{parameter.name}")
+        else:
+            before = inputs[parameter.name]
 
 
 def _check_pure(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -292,9 +319,38 @@ def _all_users(node: Node) -> list[Node]:
     return sorted(users)
 
 
-def _line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Why code failed while it was traced, in words that do not ask for knowledge of tracing."""
     text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text}"[:200]
+    why = next((why for part, why in _REASONS.items() if part in text), None)
+    if why is None:
+        unseen = "Proxy" in text or "proxy" in text or "__cuda_array_interface__" in text
+        why = _NEEDS_VALUES if unseen else f"{type(error).__name__}: {text}"[:200]
+    return f"{why}{_place(error)}"
+
+
+_NEEDS_VALUES = "it hands a tensor or a shape to code that needs its values"
+_REASONS = {
+    "used in control flow": "it branches on the values of a tensor, or on a shape",
+    "inputs to control flow": "it branches on the values of a tensor, or on a shape",
+    "cannot be iterated": "it unpacks or loops over a tensor or a shape",
+    "object does not support mutability": "it writes to a tensor or a list that it was given",
+    "switches gradients or autocast": "it switches gradients or autocast on or off",
+    "not traceable through": "it asks a tensor or a shape for its length",
+    "'len'": "it asks a tensor or a shape for its length",
+}
+
+
+def _place(error: Exception) -> str:
+    """The statement that failed."""
+    where = ""
+    frame = error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not file.startswith(_INNER):
+            where = f" at {Path(file).name}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return where
 
 
 def _mark(module: nn.Module, node: Node) -> None:
@@ -302,6 +358,10 @@ def _mark(module: nn.Module, node: Node) -> None:
         value: Any = module
         for name in str(node.target).split("."):
             value = getattr(value, name)
+    elif node.op == "call_module" and node.all_input_nodes:
+        child = module.get_submodule(str(node.target))
+        node.meta["may_multiply"] = reads.multiplies_arguments(child)
+        return
     elif node.op == "call_module" and not node.args and not node.kwargs:
         # A parametrized weight: a module without an input, which may change its own buffers.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -309,11 +369,25 @@ def _mark(module: nn.Module, node: Node) -> None:
     else:
         return
     if isinstance(value, Tensor):
+        weight = isinstance(value, nn.Parameter) or node.op == "call_module"
         stand_in = torch.empty_strided(
             value.shape, value.stride(), dtype=value.dtype, device="meta"
         )
-        is_parameter = isinstance(value, nn.Parameter) or node.op == "call_module"
-        mark_stationary(node, stand_in, str(node.target) if is_parameter else None)
+        weight = weight or _is_computed(module, str(node.target))
+        mark_stationary(node, stand_in, str(node.target) if weight else None)
+
+
+def _is_computed(module: nn.Module, path: str) -> bool:
+    """Whether an attribute is a plain tensor that hooks compute from parameters, call by call.
+
+    So do ``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune``.
+    """
+    owner, _, name = path.rpartition(".")
+    holder = module.get_submodule(owner)
+    value = holder.__dict__.get(name)
+    hooks = holder._forward_pre_hooks.values()
+    named = (getattr(h, "name", getattr(h, "_tensor_name", None)) for h in hooks)
+    return isinstance(value, Tensor) and (value.requires_grad or name in named)
 
 
 _numbers = itertools.count()

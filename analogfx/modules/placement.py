@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._guards import TracingContext
 
 from analogfx import held
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
+from analogfx.errors import CaptureError
 from analogfx.kernels import dispatch
 from analogfx.modules import program as programs
 from analogfx.modules.capture import (
@@ -32,6 +34,12 @@ _MANY = 32
 """Programs of one module that are probably one for every value of something."""
 _KEPT = 256
 """Programs of one module that are kept; those built first go first."""
+
+
+def _constant_in_dynamo(function: Any) -> Any:
+    """``torch.compiler.assume_constant_result``, which would import the compiler for its mark."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _key(pattern: Pattern) -> tuple[Any, ...]:
@@ -63,9 +71,13 @@ class Placement:
         self.number = next(_placements)
         """What a chip knows the module by: another for a copy."""
         self.programs: dict[tuple[bool, Any], Program] = {}
+        self.left: dict[tuple[bool, Any], str] = {}
+        """Calls that no program can stand for, and why: they run the module's own forward."""
         self.takes_constants = False
         self.unset: set[str] = set()
         """State that takes its initial value from weights that were not there yet."""
+        self._late: dict[tuple[bool, Any], Program] = {}
+        """Programs built on their first use, where Dynamo looks when that is in its trace."""
         self._readers: tuple[str, ...] = ()
         self._read: list[Any] = []
 
@@ -85,7 +97,7 @@ class Placement:
         return [
             "torch: its chain of ops is not one that lower knows"
             if lowered is None
-            else dispatch.chosen(site.weight(module), lowered.spec, lowered.is_conv)
+            else dispatch.chosen(site.weight(module), lowered.spec, lowered.op)
             for program in itertools.islice(found, 1)
             for site, lowered in zip(program.sites, program.lowered, strict=True)
         ]
@@ -106,6 +118,8 @@ class Placement:
         self.takes_constants = takes_constants(module)
         pattern = _key(default_pattern(module))
         self.programs = {(True, pattern): train, (False, pattern): evaluate}
+        self._late = {}
+        self.left = {}
         self._readers = tuple(dict.fromkeys(train.readers + evaluate.readers))
         self.watch(module)
 
@@ -161,7 +175,10 @@ class Placement:
         before = self.sites
         if len(before) != len(train.sites):
             raise other_sites(before, train.sites)
-        sizes = [[(s.state, s.in_sizes, s.out_sizes) for s in ss] for ss in (before, train.sites)]
+        sizes = [
+            [(s.state, s.in_sizes, s.out_sizes, s.range_shape) for s in ss]
+            for ss in (before, train.sites)
+        ]
         if sizes[0] != sizes[1]:
             fit_state(module, before, train.sites, self.resolved)
         self.adopt(module, train, evaluate)
@@ -186,36 +203,73 @@ class Placement:
             for name, shape in missing
         )
 
-    def program(self, module: nn.Module, training: bool, pattern: Pattern) -> Program:
+    def program(self, module: nn.Module, training: bool, pattern: Pattern) -> Program | None:
         """The program for a mode and for the constants of a call, built on its first use.
 
+        None for a call that cannot be traced.
+
         Raises:
-            CaptureError: a call with these constants cannot be traced, or multiplies by other
-                parameters than the calls before it, for which there are no ranges.
+            CaptureError: the call multiplies by other parameters than the calls before it, for
+                which there are no ranges.
         """
         key = training, _key(pattern)
         found = self.programs.get(key)
-        return self._first_use(module, key, pattern) if found is None else found
+        if found is None and key not in self.left:
+            found = self._late[key] if self._first_use(module, key, pattern) else None
+        return found
 
+    @_constant_in_dynamo
     def _first_use(
         self, module: nn.Module, key: tuple[bool, tuple[Any, ...]], pattern: Pattern
-    ) -> Program:
+    ) -> bool:
+        """Build a program; where Dynamo traces the call, it runs this as it is.
+
+        Returns:
+            Whether there is one.
+        """
         with TRACING:  # another thread may be at it
-            if key in self.programs:
-                return self.programs[key]
-            made = build(module, self.resolved, key[0], pattern, passes=self.passes)
-            check_same_sites(next(iter(self.programs.values())), made)
+            made = self.programs.get(key) or self._late.get(key)
+            if made is None:
+                try:
+                    made = build(module, self.resolved, key[0], pattern, passes=self.passes)
+                except CaptureError as error:
+                    self._leave(module, key, str(error))
+                    return False
+                try:
+                    check_same_sites(next(iter(self.programs.values())), made)
+                except CaptureError as error:
+                    raise CaptureError(f"{self._called(module)}: {error}") from None
+            self._late[key] = made
+            if TracingContext.try_get() is not None:
+                return True  # Dynamo has seen that ``programs`` lacks it, and guards that
             self.programs = dict(itertools.islice(self.programs.items(), 2)) | dict(
                 itertools.islice(self.programs.items(), max(2, len(self.programs) - _KEPT), None)
             )
             self.programs[key] = made
+            self._late = {key: p for key, p in self._late.items() if key in self.programs}
         if len(self.programs) == _MANY:
             warnings.warn(
-                f"{self.name or type(module).__name__}: traced for {_MANY} combinations of "
+                f"{self._called(module)}: traced for {_MANY} combinations of "
                 "mode and constant arguments; pass what varies as a tensor",
                 stacklevel=6,
             )
-        return made
+        return True
+
+    def _called(self, module: nn.Module) -> str:
+        """What a message calls the module."""
+        return self.name or type(module).__name__
+
+    def _leave(self, module: nn.Module, key: tuple[bool, Any], why: str) -> None:
+        """Run calls of one kind as the module's own forward from now on."""
+        if TracingContext.try_get() is None:  # or a guard of Dynamo's would fail at once
+            self.left[key] = why
+        names = ", ".join(site.name for site in self.sites)
+        warnings.warn(
+            f"{self._called(module)}: {why}. Calls with such arguments run the module's own "
+            f"forward: digital by {names}, with its analog layers inside. "
+            'torch.compile(model, backend="analogfx") follows what a trace cannot',
+            stacklevel=7,
+        )
 
     # ------------------------------------------------------------------------------------- a call
 
@@ -237,6 +291,13 @@ class Placement:
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, training, pattern)
         holdings = held.of(self)
+        if program is None:
+            if holdings is not None:
+                raise RuntimeError(
+                    f"{self._called(module)}: a programmed chip cannot run a call with these "
+                    f"arguments: {self.left[training, _key(pattern)]}"
+                )
+            return type(module).digital_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
         if holdings is not None:
             return self._on_chip(module, program, holdings, args, kwargs)
         run = program.explicit if programs._explicit else program.fused
@@ -257,13 +318,15 @@ class Placement:
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
         twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
-        own = {"programs": dict(self.programs), "unset": set(self.unset)} | {"number": twin.number}
-        twin.__dict__.update(self.__dict__ | {"config": twin.config} | own)
+        own = {"programs": dict(self.programs), "left": dict(self.left), "unset": set(self.unset)}
+        new = {"config": twin.config, "number": twin.number, "_late": {}}
+        twin.__dict__.update(self.__dict__ | new | own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the programs, which are built again after unpickling."""
-        return self.__dict__ | {"config": self.config.to_dict(), "programs": {}}
+        empty: dict[str, Any] = {"programs": {}, "left": {}, "_late": {}}
+        return self.__dict__ | {"config": self.config.to_dict()} | empty
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, config=TorchInferenceRPUConfig.from_dict(state["config"]))

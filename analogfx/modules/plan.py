@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from tqdm.auto import tqdm
 
 from analogfx.choose import Chosen
@@ -19,10 +20,11 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.capture import (
     default_pattern,
     forward_of,
-    mentions_product,
+    may_multiply,
+    multiplied,
     reads_weights,
 )
-from analogfx.modules.kinds.closed import refusal
+from analogfx.modules.kinds.closed import CALLING_ALONE, refusal
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program, build, check_same_sites
 from analogfx.passes.contract import Decision, SiteReport
@@ -70,6 +72,8 @@ def make_plan(
     closed: set[nn.Module] = set()
     modules = list(model.named_modules())
     for name, module in tqdm(modules, desc="analogize", unit="module", delay=2, leave=False):
+        if isinstance(module, ParametrizationList):
+            closed.update(module.modules())  # they compute weights
         if module in closed:
             continue
         its = chosen.get(name, _LATER)
@@ -80,6 +84,7 @@ def make_plan(
         elif isinstance(module, AnalogModule):
             module._analog.follow(module)
             _list(plan, name, module._analog.decisions, its)
+            _list_left(plan, name, module._analog)
         elif _may_multiply(module):
             _place(plan, name, module, its)
     return plan
@@ -87,11 +92,14 @@ def make_plan(
 
 def _may_multiply(module: nn.Module) -> bool:
     """Whether to look at a module's graph for products."""
-    if isinstance(module, _SITE_CLASSES) or mentions_product(module):
+    if forward_of(module) in CALLING_ALONE:
+        return False
+    if isinstance(module, _SITE_CLASSES) or may_multiply(module):
         return True
     # A product may hide in code that its own does not name; torch's other layers are known.
     known = type(module).__module__.startswith("torch.nn.modules.")
-    return not known and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    own = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    return not known and (own or reads_weights(module))
 
 
 def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
@@ -103,11 +111,10 @@ def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
         check_same_sites(train, evaluate)
         _check_names(module, train)
     except CaptureError as error:
-        if mentions_product(module):
-            _leave(plan, name, module, chosen, str(error))
+        _leave(plan, name, module, chosen, str(error), multiplied(module))
         return
     _list(plan, name, train.decisions, chosen)
-    if chosen.config is not None and train.sites:
+    if chosen.config is not None and (train.sites or train.delegates):
         placement = Placement(name, copy.deepcopy(chosen.config), plan.passes)
         placement.adopt(module, train, evaluate)
         plan.placements[name] = placement
@@ -121,6 +128,17 @@ def _list(plan: Plan, name: str, decisions: Sequence[Decision], chosen: Chosen) 
         plan.reports.setdefault(name, []).append(
             _site_report(name, decision, several, chosen if left else None)
         )
+
+
+def _list_left(plan: Plan, name: str, placement: Placement) -> None:
+    """Report that an analog module's products were digital in calls that could not be traced."""
+    for why in dict.fromkeys(placement.left.values()):
+        plan.reports[name] += [
+            replace(s, status="digital", tile_grid=(0, 0), reason=f"in some calls: {why}",
+                    decided_by="capture")
+            for s in plan.reports[name]
+            if s.status == "analog"
+        ]  # fmt: skip
 
 
 def _check_names(module: nn.Module, program: Program) -> None:
@@ -156,20 +174,32 @@ def _site_report(path: str, decision: Decision, several: bool, left: Chosen | No
         status=decision.status,
         reason=left.reason if left else decision.reason,
         decided_by=decision.decided_by,
+        where=decision.where,
         asked=left is not None and left.asked,
+        parameter=".".join(filter(None, (path, decision.name))),
+        module=path,
     )
 
 
-def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -> None:
-    """Report every matrix of a module that stays digital as a whole."""
-    closed = refusal(module) is not None
+def _leave(
+    plan: Plan,
+    path: str,
+    module: nn.Module,
+    chosen: Chosen,
+    why: str,
+    names: Collection[str] | None = None,
+) -> None:
+    """Report matrices of a module that stay digital.
+
+    Args:
+        names: of the matrices, from the module; None for all that it and what is inside it hold.
+    """
     shapes = {
         name: () if nn.parameter.is_lazy(p) else tuple(p.shape)
-        for name, p in module.named_parameters(recurse=closed)
+        for name, p in module.named_parameters()
+        if names is None or name in names
     }
     matrices = {name: shape for name, shape in shapes.items() if len(shape) != 1}
-    if not matrices and reads_weights(module):
-        matrices = {"": ()}  # of a child, it seems; its shape is not to be known
     for name, shape in matrices.items():
         plan.reports.setdefault(path, []).append(
             SiteReport(
@@ -181,6 +211,8 @@ def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -
                 reason=chosen.reason if chosen.config is None else why,
                 decided_by="capture",
                 asked=chosen.asked,
+                parameter=".".join(filter(None, (path, name))),
+                module=path,
             )
         )
 

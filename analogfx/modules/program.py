@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from analogfx.config import Resolved
 from analogfx.errors import CaptureError, PassError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
+from analogfx.modules.children import child_of
+from analogfx.modules.driven import ReadySite, bound, is_driven, made_ready, spread
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -52,7 +55,16 @@ class AnalogSite:
     rearranged: bool
     """Whether the weight only rearranges a parameter's elements, so that it can be written back."""
     weight: Callable[[nn.Module], Tensor]
-    """Gives the product's weight for a module: (O, I), or torch's layout of a convolution."""
+    """Gives the product's weight for a module: (O, I), (E * O, I) of experts, or torch's layout of
+    a convolution."""
+    experts: int = 0
+    """Matrices of which every row takes one; 0 for a product of one matrix, or of groups."""
+    range_shape: tuple[int, ...] = ()
+    """Of the site's input ranges: (tiles,), or (experts, tiles) where each has its own."""
+
+    def matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The matrices (O, I) that a weight consists of: one, or one for every expert."""
+        return weight.flatten(1).chunk(max(self.experts, 1))
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,27 @@ class Program:
     """What every site was lowered to; None for a chain that stayed explicit."""
     readers: tuple[str, ...]
     """Paths of the modules whose parameters the forward reads, from the module; it comes first."""
+    delegates: bool
+    """Whether children compute products in the place of the module's own code."""
     held: Callable[..., Any] | None = None
     """The fused forward on what a chip holds, as its second argument; None in training."""
 
 
+@dataclass
 class _ModuleContext(Context):
     """Answers for a graph that runs with the module itself as ``self``."""
+
+    module: nn.Module = field(default_factory=nn.Module)
+
+    def child_of(self, product: Node) -> str | None:
+        """By the parameters that the product's operands are, as they are."""
+        weight, bias = (self._parameter(a) for a in product.args[1:3])
+        return child_of(self.module, product, weight, bias)
+
+    def _parameter(self, operand: Any) -> Any:
+        """The parameter that an operand is; anything else as it is."""
+        direct = isinstance(operand, Node) and operand.op == "get_attr"
+        return operator.attrgetter(str(operand.target))(self.module) if direct else operand
 
     def path(self, graph: Graph, site: Site) -> Node:
         """Read from the placement: modules of other paths share the graph."""
@@ -83,7 +110,8 @@ class Lowered(NamedTuple):
     """The fused op of one site."""
 
     spec: MVMSpec
-    is_conv: bool
+    op: str
+    """"linear", "conv" or "experts"."""
 
 
 def build(
@@ -118,9 +146,7 @@ def _build(
     passes: Sequence[pipeline.Pass],
 ) -> Program:
     graph = capture(module, training, pattern)
-    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
-    readers = tuple({"": True} | read)
-    context = _ModuleContext(config, training)
+    context = _ModuleContext(config, training, module=module)
     after = None
     if debug_dir is not None:
         after = functools.partial(_write, debug_dir, itertools.count(1))
@@ -129,16 +155,23 @@ def _build(
     for step in passes if context.sites else ():
         _run_own(step, graph, context, type(module).__name__, after)
     sites = tuple(_analog_site(site) for site in context.sites)
-    explicit = bind(graph)
+    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
+    apart = spread([s.state for s in sites], config, training)
+    explicit = bound(module, graph, apart)
     pipeline.run(pipeline.FUSED, graph, context, after)
-    fused = {f.node.meta["made"][0]: Lowered(f.spec, f.is_conv) for f in fused_sites(graph)}
+    fused = {f.node.meta["made"][0]: Lowered(f.spec, f.op) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
     decisions = tuple(pipeline.decisions(graph))
-    run, held = bind(graph), None
+    run, held = bound(module, graph, apart), None
     if not training and sites and None not in lowered:
         pipeline.run((hold,), graph, context)
-        held = bind(graph)
-    return Program(explicit, run, decisions, sites, lowered, readers, held)
+        held = bound(module, graph, apart)
+        if is_driven(module):
+            pairs = zip(sites, lowered, strict=True)
+            ready = [ReadySite(s.weight, s.state, f.spec) for s, f in pairs if f is not None]
+            run = made_ready(module, run, ready)
+    readers, delegates = tuple({"": True} | read), bool(context.delegated)
+    return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 
 
 def _run_own(step: pipeline.Pass, graph: Graph, context: Context, where: str, after: Any) -> None:
@@ -174,7 +207,7 @@ def other_sites(first: Sequence[AnalogSite], second: Sequence[AnalogSite]) -> Ca
 
 
 def _identity(program: Program) -> list[tuple[Any, ...]]:
-    return [(s.name, s.state, s.in_sizes, s.out_sizes, s.groups) for s in program.sites]
+    return [(s.name, s.state, s.in_sizes, s.out_sizes, s.groups, s.experts) for s in program.sites]
 
 
 def _write(folder: Path, numbers: Iterator[int], name: str, graph: Graph, count: int) -> None:
@@ -191,12 +224,17 @@ def _analog_site(site: Site) -> AnalogSite:
         site.groups,
         site.state,
         site.rearranged,
-        _weight_function(site.weight),
+        _weight_function(site.weight, bool(site.experts)),
+        site.experts,
+        site.range_shape,
     )
 
 
-def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
-    """The part of a graph that computes a weight from the module's parameters."""
+def _weight_function(weight: Node, of_experts: bool) -> Callable[[nn.Module], Tensor]:
+    """The part of a graph that computes a weight from the module's parameters.
+
+    The matrices of experts become one, whose rows are those of one expert after another.
+    """
     graph = Graph()
     copies: dict[Node, Node] = {}
 
@@ -206,5 +244,6 @@ def _weight_function(weight: Node) -> Callable[[nn.Module], Tensor]:
             copies[node] = graph.node_copy(node, copy)
         return copies[node]
 
-    graph.output(copy(weight))
+    value = copy(weight)
+    graph.output(graph.call_method("flatten", (value, 0, 1)) if of_experts else value)
     return bind(graph)

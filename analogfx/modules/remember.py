@@ -28,7 +28,7 @@ def make_state(
                 if not variable.kept(config):
                     continue
                 tensor = torch.empty(
-                    variable.shape(len(site.in_sizes), sum(site.out_sizes)),
+                    variable.shape(site.range_shape, sum(site.out_sizes)),
                     dtype=variable.dtype(weight.dtype),
                     device=weight.device,
                 )
@@ -118,9 +118,10 @@ def _first_clips(site: AnalogSite, weight: Tensor) -> Tensor:
     good. It starts at the tile's largest weight, which scales nothing else anew, or at 1.
     """
     maxima = row_maxima(site, weight)
-    largest = maxima.amax(dim=1, keepdim=True)
+    matrices = maxima.unflatten(1, (max(site.experts, 1), -1))
+    largest = matrices.amax(dim=2, keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
-    return torch.where(maxima > 0, maxima, largest)
+    return torch.where(matrices > 0, matrices, largest).view_as(maxima)
 
 
 def row_maxima(site: AnalogSite, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ threads that run the module see nothing of the trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -21,14 +21,17 @@ Call = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 class StandIn:
     """A stand-in for a module and all modules inside it."""
 
-    def __init__(self, module: nn.Module, read: Read, call: Call) -> None:
+    def __init__(
+        self, module: nn.Module, read: Read, call: Call, forwards: Mapping[Any, Any]
+    ) -> None:
         """Copy a module without its tensors.
 
         Args:
             read: turns (name, value) of a parameter, buffer or child into what a forward gets.
             call: what a call of a module inside becomes, as (module, args, kwargs).
+            forwards: what runs where a class calls the forward that it inherits, by that forward.
         """
-        self._read, self._call = read, call
+        self._read, self._call, self._forwards = read, call, forwards
         self._twins: dict[int, Any] = {}
         self._copied: list[tuple[str, Any, Any]] = []
         self._classes: dict[type, Any] = {}
@@ -58,9 +61,17 @@ class StandIn:
                 "__delattr__": nn.Module.__delattr__,
                 "__module__": cls.__module__,
             }
-            made = type(cls)(cls.__name__, (cls,), members)
+            made = type(cls)(cls.__name__, (cls, *self._inherited(cls)), members)
             self._classes[cls] = made
         return self._classes[cls]
+
+    def _inherited(self, cls: type) -> list[Any]:
+        """Classes that come before the bases whose forward another one runs for."""
+        return [
+            type(base)(base.__name__, (base,), {"forward": self._forwards[own]})
+            for base in cls.__mro__[1:]
+            if (own := base.__dict__.get("forward")) in self._forwards
+        ]
 
     def _fill(self, module: nn.Module, twin: nn.Module) -> None:
         for name, value in module.__dict__.items():

@@ -28,7 +28,6 @@ def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -
     module.__class__ = _rebased(cls, below, analog_class(below))
     module.register_load_state_dict_post_hook(finish_load)
     register_state(module, state)
-    placement.watch(module)
 
 
 def unswap(module: AnalogModule) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from analogfx.errors import OnnxError
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
 from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.driven import is_driven
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import sites
 from analogfx.onnx.writer import DOMAIN, VERSION
@@ -77,23 +78,33 @@ class SiteCall:
 
 
 class _Numbering(TorchFunctionMode):
-    """Turns the fused ops of one module's forward into provisional ones, numbered as they come."""
+    """Turns the fused ops of one module's forward into provisional ones, numbered as they come.
 
-    def __init__(self, first: int) -> None:
+    A driven module calls its sites many times: a parameter tells which one it is.
+    """
+
+    def __init__(self, first: int, weights: Sequence[Tensor]) -> None:
         super().__init__()
-        self.numbers = itertools.count(first)
-        self.seen = 0
+        self.first = first
+        self.weights = weights
+        self.counted = itertools.count(first)
+        self.seen: set[int] = set()
+
+    def _number(self, weight: Tensor) -> int:
+        known = [n for n, mine in enumerate(self.weights, self.first) if mine is weight]
+        return known[0] if len(known) == 1 else next(self.counted)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func not in _FUSED:
             return func(*args, **(kwargs or {}))
-        self.seen += 1
         *operands, spec = args
+        number = self._number(operands[1])
+        self.seen.add(number)
         window = "".join(operands[6:])
         # The fused ops' other outputs are for the backward.
-        return SITE(*operands[:4], next(self.numbers), window, spec), None, None
+        return SITE(*operands[:4], number, window, spec), None, None
 
 
 @contextmanager
@@ -117,11 +128,12 @@ def _forward(
     path: str, first: int, module: AnalogModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     placement = module._analog
-    with _Numbering(first) as numbering:
+    weights = [site.weight(module) for site in placement.sites] if is_driven(module) else []
+    with _Numbering(first, weights) as numbering:
         out = type(placement).forward(placement, module, args, kwargs)
-    if numbering.seen != len(placement.sites):
+    if len(numbering.seen) != len(placement.sites):
         raise OnnxError(
-            f"{path or type(module).__name__}: {numbering.seen} of its {len(placement.sites)} "
+            f"{path or type(module).__name__}: {len(numbering.seen)} of its {len(placement.sites)} "
             "analog products are fused ops, and the others have no translation"
         )
     return out

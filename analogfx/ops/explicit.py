@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.kernels import linear
+from analogfx.kernels import experts, linear
 from analogfx.kernels import reference as ref
 from analogfx.ops.define import define, wide_like
 
@@ -73,26 +73,28 @@ define(
 )
 
 
-def _clip_weight(w: Tensor, clip: Tensor, weight_states: float) -> Tensor:
+def _clip_weight(w: Tensor, clip: Tensor, weight_states: float, experts: int = 1) -> Tensor:
     if weight_states:
         return ref.quantize_weight(w, ref.wide(clip).abs().unsqueeze(-1), weight_states)
     return ref.clip_weight(w, clip.unsqueeze(-1))
 
 
 def _clip_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    w, clip, ctx.weight_states = inputs
+    w, clip, ctx.weight_states, *ctx.experts = inputs
     ctx.save_for_backward(w, clip)
 
 
 def _clip_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     w, clip = ctx.saved_tensors
     grad_w, grad_clip = ref.weight_backward(grad, w, clip, ctx.weight_states)
-    return grad_w.to(w.dtype), grad_clip.to(clip.dtype), None
+    for count in ctx.experts:
+        grad_clip = grad_clip * experts.shared_factor(count)
+    return (grad_w.to(w.dtype), grad_clip.to(clip.dtype), None, *(None for _ in ctx.experts))
 
 
 define(
     "clip_weight",
-    "Tensor w, Tensor clip, float weight_states",
+    "Tensor w, Tensor clip, float weight_states, int experts=1",
     "Tensor",
     _clip_weight,
     lambda w, *_: wide_like(w),

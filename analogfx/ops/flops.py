@@ -60,12 +60,26 @@ def _mvm(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[: 1 - len(weight)]) * math.prod(weight)
 
 
+def _experts(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """Two for every row and every weight of its expert."""
+    return 2 * math.prod(x) * weight[1]
+
+
+def _experts_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    return sum(_products(rest[5])) * _experts(x, weight)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "analog_linear": _linear,
     "analog_linear_backward": _linear_backward,
     "analog_conv": _conv,
     "analog_conv_backward": _conv_backward,
+    "analog_experts": _experts,
+    "analog_experts_backward": _experts_backward,
     "mvm": _mvm,
+    "expert_mvm": _experts,
+    "expert_mvm_backward": lambda grad, x, weight, *_, **__: 2 * _experts(x, weight),
+    "digital_experts": _experts,
 }
 """By the op's name in the namespace ``analogfx``."""
 

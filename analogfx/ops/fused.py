@@ -1,4 +1,4 @@
-"""The fused level: ``analog_linear`` and ``analog_conv``, a whole site each.
+"""The fused level: ``analog_linear``, ``analog_conv``, ``analog_experts``, a whole site each.
 
 What computes them is a row of the table in :mod:`analogfx.kernels.dispatch`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.kernels import conv, dispatch, linear
+from analogfx.kernels import conv, dispatch, experts, linear
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
 from analogfx.ops.define import define, wide_like
@@ -20,8 +20,11 @@ from analogfx.ops.define import define, wide_like
 _KINDS: dict[str, dict[str, Any]] = {
     "linear": {"spec": MVMSpec},
     "conv": {"window": Window, "spec": MVMSpec},
+    "experts": {"spec": MVMSpec},
 }
-_SHAPES: dict[str, Any] = {"linear": linear, "conv": conv}
+_SHAPES: dict[str, Any] = {"linear": linear, "conv": conv, "experts": experts}
+_OPERANDS = {"experts": "Tensor offsets, "}
+"""What an op takes between the seed and its scalars."""
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? clip, Tensor? seed, "
 _BACKWARD_INPUTS = (
@@ -33,22 +36,25 @@ _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, *state = inputs[:6]
-    ctx.texts = inputs[6:]
+    ctx.texts = [text for text in inputs[6:] if isinstance(text, str)]
+    ctx.others = len(inputs) - 5
+    operands = inputs[6 : len(inputs) - len(ctx.texts)]
     _, clipped, modified = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(clipped, modified)
-    ctx.save_for_backward(x, weight, *state, clipped, modified)
+    ctx.save_for_backward(x, weight, *state, clipped, modified, *operands)
 
 
 def _fused_backward(
     op: Callable[..., tuple[Tensor, ...]],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (1 + len(ctx.texts))  # the seed and the texts
+        nothing = (None,) * ctx.others  # the seed and what comes after it
         needs = list(ctx.needs_input_grad[:5])
         if grad is None:
             return (None,) * 5 + nothing
-        gradients = op(grad, *ctx.saved_tensors, needs, *ctx.texts)
+        saved = ctx.saved_tensors
+        gradients = op(grad, *saved[:7], needs, *saved[7:], *ctx.texts)
         wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return (*wanted, *nothing)
 
@@ -72,9 +78,10 @@ def _fake_gradients(
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
-    *texts: str,
+    *texts: Any,
 ) -> tuple[Tensor, ...]:
-    bias = weight.new_empty(weight.shape[0])
+    experts = not isinstance(texts[0], str)  # whose offsets come first
+    bias = weight.new_empty(weight.shape[: 2 if experts else 1])
     return tuple(
         t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
         for t, need in zip((x, weight, bias, input_range, clip), needs, strict=True)
@@ -109,7 +116,7 @@ def _define_site(op: str) -> None:
             *others,
         )
 
-    texts = ", ".join(f"str {name}" for name in kinds)
+    texts = _OPERANDS.get(op, "") + ", ".join(f"str {name}" for name in kinds)
     define(
         f"analog_{op}_backward",
         _BACKWARD_INPUTS + texts,

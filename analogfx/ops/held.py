@@ -1,4 +1,4 @@
-"""What a chip holds: ``held_linear`` and ``held_conv``, a whole site each, for inference alone."""
+"""What a chip holds: ``held_linear``, ``held_conv`` and ``held_experts``, for inference alone."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ define(
     "Tensor",
     _linear,
     lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda ctx, inputs, output: None,
+    _no_gradient,
+)
+
+
+def _experts(*args: Any) -> Tensor:
+    *tensors, text = args
+    return held.experts(*(*tensors, decode(MVMSpec, text)))
+
+
+define(
+    "held_experts",
+    _INPUTS + "Tensor offsets, str spec",
+    "Tensor",
+    _experts,
+    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0] // rest[4].shape[0])),
     lambda ctx, inputs, output: None,
     _no_gradient,
 )

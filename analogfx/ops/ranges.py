@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,13 +48,19 @@ define(
 )
 
 
+def _update_range(*args: Any) -> tuple[Tensor, ...]:
+    *before, window = args[:9]
+    offsets = args[12] if len(args) > 12 else None
+    return dispatch.update_range(*before, _window(window), *args[9:12], offsets=offsets)
+
+
 define(
     "update_range",
     "Tensor x, Tensor input_range, Tensor count, Tensor x_min, Tensor x_max, str range_mode, "
     "int groups, int[] in_sizes, str window, int init_from_data, float init_std_alpha, "
-    "float momentum",
+    "float momentum, Tensor? offsets=None",
     "(Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: dispatch.update_range(*(*args[:8], _window(args[8]), *args[9:])),
+    _update_range,
     lambda x, *state_and_rest: tuple(torch.empty_like(t) for t in state_and_rest[:4]),
 )
 

@@ -13,7 +13,7 @@ import analogfx
 from analogfx.errors import CaptureError, ConfigError
 
 EVERY_PASS = [
-    "normalize", "select", "insert", "map_tiles", "lower",
+    "expand", "respell", "normalize", "delegate", "select", "insert", "map_tiles", "lower",
     "skip_identity", "skip_dropout", "freeze", "share_input", "convert_once", "epilogue",
     "skip_conversion",
 ]  # fmt: skip
@@ -113,14 +113,14 @@ def test_ranges_are_those_that_the_model_has():
 def test_passes_may_be_chosen():
     with torch.no_grad():
         found = analogfx.explain(mlp().eval(), QUIET, torch.randn(3, 8), passes=["freeze"])
-    assert [made.name for made in found.graphs[0].steps] == [*EVERY_PASS[:5], "freeze"]
+    assert [made.name for made in found.graphs[0].steps] == [*EVERY_PASS[:8], "freeze"]
 
 
 def test_an_analogized_model_is_explained_without_a_config():
     analog = analogfx.analogize(mlp(), QUIET).eval()
     with torch.no_grad():
         found = analogfx.explain(analog, None, torch.randn(3, 8))
-    assert [made.name for made in found.graphs[0].steps] == EVERY_PASS[5:]
+    assert [made.name for made in found.graphs[0].steps] == EVERY_PASS[8:]
     assert counts(found)["freeze"] == 2
 
 

@@ -11,7 +11,7 @@ from analogfx.modules.capture import (
     bind,
     capture,
     default_pattern,
-    mentions_product,
+    may_multiply,
     pattern_of,
     takes_constants,
 )
@@ -49,16 +49,16 @@ MENTIONS = {
 
 @pytest.mark.parametrize("name", MENTIONS)
 def test_a_forward_that_could_hold_a_product_is_traced(name):
-    assert mentions_product(product(MENTIONS[name], w=(4, 6)))
+    assert may_multiply(product(MENTIONS[name], w=(4, 6)))
 
 
 def test_a_method_that_the_forward_calls_counts():
-    assert mentions_product(Method())
+    assert may_multiply(Method())
 
 
 @pytest.mark.parametrize("module", [nn.ReLU(), nn.LayerNorm(3), nn.Sequential(), nn.Dropout()])
 def test_what_multiplies_nothing_is_not(module):
-    assert not mentions_product(module)
+    assert not may_multiply(module)
 
 
 # ------------------------------------------------------------------------------------ the graph
@@ -178,11 +178,25 @@ def decorated(self, x):
     return x @ self.w
 
 
+def takes_more(self, x, *rest, scale=2.0, **more):
+    return x @ self.w * scale
+
+
+def test_variable_arguments_that_are_not_read_are_taken_and_left():
+    module = product(takes_more, w=(6, 4))
+    forward = bind(captured(module))
+    expected = X @ module.w * 2
+    assert torch.equal(forward(module, X), expected)
+    assert torch.equal(forward(module, X, 3, None, name=X), expected)
+    assert pattern_of(module, (X, 3), {"scale": 1.0, "name": True}) == (("scale", 1.0),)
+
+
 REFUSED = {
-    "control flow on values": (lambda self, x: x @ self.w if x.sum() > 0 else x, "control flow"),
-    "a loop over values": (lambda self, x: [row @ self.w for row in x], "iterated"),
+    "control flow on values": (lambda self, x: x @ self.w if x.sum() > 0 else x,
+                               r"branches on the values of a tensor, .* at test_capture.py:\d"),
+    "a loop over values": (lambda self, x: [row @ self.w for row in x], "loops over a tensor"),
     "variable arguments": (lambda self, *xs: xs[0] @ self.w, r"\*args"),
-    "variable keywords": (lambda self, x, **more: x @ self.w, r"\*\*kwargs"),
+    "variable keywords": (lambda self, x, **more: x @ self.w * len(more), r"\*\*kwargs"),
     "assignment": (assigns, "assigns to self.last"),
     "a counter": (counts_calls, "assigns to self.calls"),
     "a constant": (lambda self, x: x @ self.w + torch.arange(4), "makes a tensor"),
@@ -221,7 +235,7 @@ def test_a_forward_of_the_instance_is_refused():
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_a_forward_that_is_no_function_is_refused():
     scripted = torch.jit.script(nn.Linear(2, 2))
-    assert mentions_product(scripted)
+    assert may_multiply(scripted)
     with pytest.raises(CaptureError, match="not a Python function"):
         captured(scripted)
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from samples import CONFIGS, LAYERS, TILES, layer_and_input, merged
+from samples import ALL_LAYERS, CONFIGS, TILES, layer_and_input, merged
 from torch.utils.flop_counter import FlopCounterMode
 
 import analogfx
@@ -19,7 +19,7 @@ def counted(layer, x, backward):
 
 @pytest.mark.parametrize("config", ["identity", "DAC and ADC"])
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALL_LAYERS)
 def test_an_analog_layer_counts_as_the_digital_one(name, backward, config):
     layer, x = layer_and_input(name, torch.float32)
     expected = counted(layer, x.requires_grad_(), backward)

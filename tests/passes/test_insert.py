@@ -1,10 +1,10 @@
 import pytest
 import torch
 from samples import (
+    ALL_LAYERS,
     CONFIGS,
     EVERYTHING,
     IDENTITY,
-    LAYERS,
     after,
     layer_and_input,
     merged,
@@ -94,7 +94,7 @@ def test_patches_and_groups_are_made_around_the_tile():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ALL_LAYERS)
 def test_an_identity_config_computes_what_the_layer_computes(layer, training):
     module, x = layer_and_input(layer)
     graph, _, analog = inserted(module, IDENTITY, training)

@@ -5,10 +5,10 @@ import operator
 import pytest
 import torch
 from samples import (
+    ALL_LAYERS,
     CONFIGS,
     EVERYTHING,
     IDENTITY,
-    LAYERS,
     TILES,
     after,
     layer_and_input,
@@ -100,7 +100,7 @@ def result(analog, x, explicit):
 PAIRS = [(config, layer) for config in CONFIGS for layer in ("linear", "conv2d", "grouped")] + [
     (config, layer)
     for config in ("everything", "everything, dynamic")
-    for layer in LAYERS.keys() - {"linear", "conv2d", "grouped"}
+    for layer in ALL_LAYERS.keys() - {"linear", "conv2d", "grouped"}
 ]
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from samples import (
+    ALL_LAYERS,
     CONFIGS,
     EVERYTHING,
     IDENTITY,
-    LAYERS,
     TILES,
     after,
     layer_and_input,
@@ -66,7 +66,7 @@ def test_a_second_run_changes_nothing(limits, training):
     assert text(graph) == once
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ALL_LAYERS)
 def test_tiles_of_an_identity_config_sum_to_the_product(layer):
     module, x = layer_and_input(layer)
     graph, context, analog = mapped(module, merged(IDENTITY, TILES))

@@ -175,9 +175,17 @@ def test_a_view_of_a_parameter_can_be_clipped(name):
 
 
 def test_a_product_that_another_pass_decided_about_is_left_alone():
-    module = product(lambda self, x: torch.bmm(x, self.b) @ self.w, b=(2, 6, 4), w=(4, 3))
+    module = product(lambda self, x: x @ self.b @ self.w, b=(1, 2, 6, 4), w=(4, 3))
     graph = captured(module)
     context = Context(resolve(IDENTITY), training=False)
     pipeline.run((normalize, select), graph, context)
     assert [s.decision.name for s in context.sites] == ["w"]
     assert [d.decided_by for d in decisions(graph)] == ["normalize"]
+
+
+def test_a_product_of_parameters_alone_computes_a_weight():
+    module = product(lambda self, x: F.linear(x, F.linear(self.a, self.b)), a=(4, 3), b=(5, 3))
+    graph, context = after((normalize, select), module, IDENTITY)
+    (site,) = context.sites
+    assert site.decision.weight_shape == (4, 5) and not site.rearranged
+    assert [d.status for d in decisions(graph)] == []

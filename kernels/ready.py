@@ -1,0 +1,116 @@
+"""One site's product at inference, called many times with few rows each, as in a recurrence.
+
+All that does not depend on the input is made once, and the rest works in place: with few rows the
+time goes into small ops and into new memory. The numbers are those of
+:mod:`analogfx.kernels.linear` without noise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from analogfx.kernels import prepared
+from analogfx.kernels import reference as ref
+from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.kernels.weights import tiles
+
+
+class _Step(NamedTuple):
+    """A converter's step."""
+
+    divisor: Tensor
+    """What to divide by before rounding: never 0."""
+    factor: Tensor
+
+
+class _Tile(NamedTuple):
+    """What one tile along the inputs needs."""
+
+    inputs: slice
+    range: Tensor | None
+    dac: _Step | None
+    weight: Tensor
+    """(I, O)."""
+    adc: _Step | None
+    bound: Tensor | None
+
+
+class Ready(NamedTuple):
+    """All that a product needs besides its input."""
+
+    tiles: list[_Tile]
+    bias: Tensor | None
+    operands: tuple[Tensor, Tensor | None] | None
+    """What ``prepared.linear`` takes, where ranges depend on the input."""
+    text: str
+
+
+def make(
+    weight: Tensor,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    spec: MVMSpec,
+) -> Ready:
+    """Make a product ready.
+
+    Args:
+        weight: (O, I).
+        bias: (O,) or None.
+        input_range: (k,), None unless the range is static or fast.
+        clip: (k, O) or None.
+        spec: of one group.
+    """
+    text = encode(spec)
+    held, scale = prepared.prepare(weight, clip, text)
+    if spec.range_mode == "dynamic":
+        return Ready([], bias, (held, scale if spec.out_bound else None), text)
+    adc = None
+    if spec.out_bound:
+        assert input_range is not None
+        adc = prepared.limits(scale, input_range, text)
+    # Few rows meet a matrix: a product reads its columns twice as fast as its rows.
+    columns = held.t().contiguous()
+    made = []
+    for t, s in tiles(spec.in_sizes):
+        r = None if input_range is None else input_range[t]
+        dac = _step(ref.step_of(r, spec.inp_res)) if r is not None and spec.inp_res else None
+        steps = None if adc is None or not spec.out_res else _step(adc[1, t])
+        made.append(_Tile(s, r, dac, columns[s], steps, None if adc is None else adc[0, t]))
+    return Ready(made, None if bias is None else ref.wide(bias), None, text)
+
+
+def _step(step: Tensor) -> _Step:
+    return _Step(step.clamp_min(torch.finfo(step.dtype).tiny), step)
+
+
+def linear(x: Tensor, ready: Ready) -> Tensor:
+    """The product: x (..., I) to (..., O) of x's dtype."""
+    if ready.operands is not None:
+        weight, scale = ready.operands
+        return prepared.linear(x, weight, scale, ready.bias, None, None, None, ready.text)
+    rows = ref.wide(x.reshape(-1, x.shape[-1]))
+    total = None
+    for tile in ready.tiles:
+        z = rows[:, tile.inputs]
+        if tile.range is not None:
+            z = ref.clamp_to(z, tile.range)
+            if tile.dac is not None:
+                _round_(z, tile.dac)
+        y = torch.mm(z, tile.weight)
+        if tile.bound is not None:
+            if tile.adc is not None:
+                _round_(y, tile.adc)
+            ref.clamp_to(y, tile.bound, out=y)
+        total = y if total is None else total.add_(y)
+    assert total is not None
+    if ready.bias is not None:
+        total.add_(ready.bias)
+    return total.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _round_(x: Tensor, step: _Step) -> None:
+    x.div_(step.divisor).round_().mul_(step.factor)
