@@ -59,6 +59,8 @@ class Placement:
         """What a chip knows the module by: another for a copy."""
         self.programs: dict[tuple[bool, Any], Program] = {}
         self.takes_constants = False
+        self.inherited: type[nn.Module] | None = None
+        """The torch layer whose forward the programs are for, where it is not the module's own."""
         self.unset: set[str] = set()
         """State that takes its initial value from weights that were not there yet."""
         self._readers: tuple[str, ...] = ()

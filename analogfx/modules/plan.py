@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from analogfx.modules.capture import (
     mentions_product,
     reads_weights,
 )
+from analogfx.modules.inherited import inherited_layer, seen_as
 from analogfx.modules.kinds.closed import refusal
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program, build, check_same_sites
@@ -68,6 +69,7 @@ def make_plan(model: nn.Module, chosen: Mapping[str, Chosen], debug_dir: Path | 
         elif isinstance(module, AnalogModule):
             module._analog.follow(module)
             _list(plan, name, module._analog.decisions, its)
+            _leave_others(plan, name, module, its, module.inherited)
         elif _may_multiply(module):
             _place(plan, name, module, its)
     return plan
@@ -82,22 +84,34 @@ def _may_multiply(module: nn.Module) -> bool:
     return not known and any(p.dim() > 1 for p in module.parameters(recurse=False))
 
 
-def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
-    """Decide about one module by its graph."""
+def _place(
+    plan: Plan,
+    name: str,
+    module: nn.Module,
+    chosen: Chosen,
+    inherited: type[nn.Module] | None = None,
+) -> None:
+    """Decide about one module by its graph, or by that of a layer whose forward its own calls."""
+    seen = module if inherited is None else seen_as(module, inherited)
     try:
         train, evaluate = (
-            _program(plan, name, module, chosen.resolved, training) for training in (True, False)
+            _program(plan, name, seen, chosen.resolved, training) for training in (True, False)
         )
         check_same_sites(train, evaluate)
         _check_names(module, train)
     except CaptureError as error:
-        if mentions_product(module):
+        layer = inherited_layer(module) if inherited is None else None
+        if layer is not None:
+            _place(plan, name, module, chosen, layer)
+            _leave_others(plan, name, module, chosen, layer)
+        elif mentions_product(module):
             _leave(plan, name, module, chosen, str(error))
         return
     _list(plan, name, train.decisions, chosen)
     if chosen.config is not None and train.sites:
         placement = Placement(name, copy.deepcopy(chosen.config))
-        placement.adopt(module, train, evaluate)
+        placement.inherited = inherited
+        placement.adopt(seen, train, evaluate)
         plan.placements[name] = placement
 
 
@@ -148,8 +162,15 @@ def _site_report(path: str, decision: Decision, several: bool, left: Chosen | No
     )
 
 
-def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -> None:
-    """Report every matrix of a module that stays digital as a whole."""
+def _leave(
+    plan: Plan,
+    path: str,
+    module: nn.Module,
+    chosen: Chosen,
+    why: str,
+    besides: Collection[str] = (),
+) -> None:
+    """Report every matrix of a module that stays digital, but for sites of some names."""
     closed = refusal(module) is not None
     shapes = {
         name: () if nn.parameter.is_lazy(p) else tuple(p.shape)
@@ -159,6 +180,8 @@ def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -
     if not matrices and reads_weights(module):
         matrices = {"": ()}  # of a child, it seems; its shape is not to be known
     for name, shape in matrices.items():
+        if site_name(path, name, several=False) in besides:
+            continue
         plan.reports.setdefault(path, []).append(
             SiteReport(
                 name=".".join(filter(None, (path, name))),
@@ -171,6 +194,18 @@ def _leave(plan: Plan, path: str, module: nn.Module, chosen: Chosen, why: str) -
                 asked=chosen.asked,
             )
         )
+
+
+def _leave_others(
+    plan: Plan, path: str, module: nn.Module, chosen: Chosen, layer: type[nn.Module] | None
+) -> None:
+    """Report what a module may multiply by besides the product of the layer that it inherits."""
+    if layer is not None:
+        state = module._analog.state_names() if isinstance(module, AnalogModule) else ()
+        listed = {site.name for site in plan.reports.get(path, ())}
+        listed |= {site_name(path, name, several=False) for name in state}
+        why = f"read in a forward that cannot be traced, beside that of nn.{layer.__name__}"
+        _leave(plan, path, module, chosen, why, listed)
 
 
 # --------------------------------------------------------------------------- sharing of graphs
