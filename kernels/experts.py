@@ -50,7 +50,7 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         order (N,): the rows in their new order; and the offsets (E,).
     """
     keys = torch.where(ids < 0, experts, ids)
-    order = torch.argsort(keys, stable=True)
+    order = torch.sort(keys).indices  # as transformers sorts: noise of outputs goes by the order
     numbers = torch.arange(experts, device=ids.device)
     return order, (keys.unsqueeze(-1) <= numbers).sum(0)
 
