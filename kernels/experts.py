@@ -57,7 +57,7 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def unsorted(y: Tensor, order: Tensor) -> Tensor:
     """Rows that :func:`route` has sorted, in their first order again."""
-    return torch.empty_like(y).index_copy(0, order, y)
+    return y.index_select(0, torch.argsort(order))
 
 
 def broadcast(x: Tensor, experts: int) -> Tensor:
