@@ -50,14 +50,14 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         order (N,): the rows in their new order; and the offsets (E,).
     """
     keys = torch.where(ids < 0, experts, ids)
-    order = torch.argsort(keys, stable=True)
+    order = torch.sort(keys).indices  # as transformers sorts: noise of outputs goes by the order
     numbers = torch.arange(experts, device=ids.device)
     return order, (keys.unsqueeze(-1) <= numbers).sum(0)
 
 
 def unsorted(y: Tensor, order: Tensor) -> Tensor:
     """Rows that :func:`route` has sorted, in their first order again."""
-    return torch.empty_like(y).index_copy(0, order, y)
+    return y.index_select(0, torch.argsort(order))
 
 
 def broadcast(x: Tensor, experts: int) -> Tensor:

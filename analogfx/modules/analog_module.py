@@ -23,6 +23,8 @@ class AnalogModule(nn.Module):
 
     _analog: Placement
     digital_class: type[nn.Module]
+    inherited: type[nn.Module] | None = None
+    """The torch layer whose forward alone is analog; see :mod:`analogfx.modules.inherited`."""
 
     def extra_repr(self) -> str:
         """The class's own text and the tile grid."""
@@ -106,7 +108,7 @@ class AnalogModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
-        return (_blank, (self.digital_class,), *made[2:])
+        return (_blank, (self.digital_class, self.inherited), *made[2:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -122,17 +124,28 @@ def finish_load(module: nn.Module, _: Any) -> None:
         module._analog.unset.clear()
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
+def _blank(base: type[nn.Module], inherited: type[nn.Module] | None = None) -> nn.Module:
     """An analog module without contents, for unpickling."""
-    cls = analog_class(base)
+    cls = analog_class(base, inherited)
     return cls.__new__(cls)
 
 
-def analog_class(base: Any) -> type[AnalogModule]:
-    """The subclass of a module's class that runs the module's analog programs."""
+def analog_class(base: Any, inherited: Any = None) -> type[AnalogModule]:
+    """The subclass of a module's class that runs the module's analog programs.
+
+    Args:
+        inherited: a class that the module's inherits from, if that one's forward is what the
+            programs are for: the module's own forward runs as it is, and finds it by ``super()``.
+    """
     for known in type.__subclasses__(base):
-        if known.__dict__.get("digital_class") is base:
+        of_base = known.__dict__.get("digital_class") is base
+        if of_base and known.__dict__["inherited"] is inherited:
             return known
+    name = f"Analog{base.__name__}"
+    if inherited is not None:
+        known_as = {"digital_class": base, "inherited": inherited}
+        about = {"__module__": base.__module__, "__doc__": base.__doc__}
+        return type(name, (base, analog_class(inherited)), known_as | about)
 
     @functools.wraps(base.forward)
     def forward(self: AnalogModule, *args: Any, **kwargs: Any) -> Any:
@@ -145,6 +158,7 @@ def analog_class(base: Any) -> type[AnalogModule]:
         "forward": forward,
         "digital_forward": base.forward,
         "digital_class": base,
+        "inherited": None,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
     }
@@ -156,4 +170,4 @@ def analog_class(base: Any) -> type[AnalogModule]:
             self._reset()
 
         members["reset_parameters"] = reset_parameters
-    return type(f"Analog{base.__name__}", (AnalogModule, base), members)
+    return type(name, (AnalogModule, base), members)

@@ -74,6 +74,8 @@ class Placement:
         self.left: dict[tuple[bool, Any], str] = {}
         """Calls that no program can stand for, and why: they run the module's own forward."""
         self.takes_constants = False
+        self.inherited: type[nn.Module] | None = None
+        """The torch layer whose forward the programs are for, where it is not the module's own."""
         self.unset: set[str] = set()
         """State that takes its initial value from weights that were not there yet."""
         self._late: dict[tuple[bool, Any], Program] = {}

@@ -24,6 +24,7 @@ from analogfx.modules.capture import (
     multiplied,
     reads_weights,
 )
+from analogfx.modules.inherited import inherited_layer, seen_as
 from analogfx.modules.kinds.closed import CALLING_ALONE, refusal
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program, build, check_same_sites
@@ -85,6 +86,7 @@ def make_plan(
             module._analog.follow(module)
             _list(plan, name, module._analog.decisions, its)
             _list_left(plan, name, module._analog)
+            _leave_others(plan, name, module, its, module.inherited)
         elif _may_multiply(module):
             _place(plan, name, module, its)
     return plan
@@ -102,21 +104,34 @@ def _may_multiply(module: nn.Module) -> bool:
     return not known and (own or reads_weights(module))
 
 
-def _place(plan: Plan, name: str, module: nn.Module, chosen: Chosen) -> None:
-    """Decide about one module by its graph."""
+def _place(
+    plan: Plan,
+    name: str,
+    module: nn.Module,
+    chosen: Chosen,
+    inherited: type[nn.Module] | None = None,
+) -> None:
+    """Decide about one module by its graph, or by that of a layer whose forward its own calls."""
+    seen = module if inherited is None else seen_as(module, inherited)
     try:
         train, evaluate = (
-            _program(plan, name, module, chosen.resolved, training) for training in (True, False)
+            _program(plan, name, seen, chosen.resolved, training) for training in (True, False)
         )
         check_same_sites(train, evaluate)
         _check_names(module, train)
     except CaptureError as error:
-        _leave(plan, name, module, chosen, str(error), multiplied(module))
+        layer = inherited_layer(module) if inherited is None else None
+        if layer is None:
+            _leave(plan, name, module, chosen, str(error), multiplied(module))
+        else:
+            _place(plan, name, module, chosen, layer)
+            _leave_others(plan, name, module, chosen, layer)
         return
     _list(plan, name, train.decisions, chosen)
     if chosen.config is not None and (train.sites or train.delegates):
         placement = Placement(name, copy.deepcopy(chosen.config), plan.passes)
-        placement.adopt(module, train, evaluate)
+        placement.inherited = inherited
+        placement.adopt(seen, train, evaluate)
         plan.placements[name] = placement
 
 
@@ -215,6 +230,19 @@ def _leave(
                 module=path,
             )
         )
+
+
+def _leave_others(
+    plan: Plan, path: str, module: nn.Module, chosen: Chosen, layer: type[nn.Module] | None
+) -> None:
+    """Report what a module may multiply by besides the product of the layer that it inherits."""
+    if layer is not None:
+        state = module._analog.state_names() if isinstance(module, AnalogModule) else ()
+        listed = {site.name for site in plan.reports.get(path, ())}
+        listed |= {site_name(path, name, several=False) for name in state}
+        why = f"read in a forward that cannot be traced, beside that of nn.{layer.__name__}"
+        names = {n for n in multiplied(module) if site_name(path, n, several=False) not in listed}
+        _leave(plan, path, module, chosen, why, names)
 
 
 # --------------------------------------------------------------------------- sharing of graphs

@@ -25,7 +25,7 @@ def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -
     injected = parametrize.is_parametrized(module) and cls.__dict__.get("__getstate__") is not None
     # A class that parametrizations put on top stays on top, where they look for it.
     below = cls.__bases__[0] if injected else cls
-    module.__class__ = _rebased(cls, below, analog_class(below))
+    module.__class__ = _rebased(cls, below, analog_class(below, placement.inherited))
     module.register_load_state_dict_post_hook(finish_load)
     register_state(module, state)
 
@@ -37,7 +37,8 @@ def unswap(module: AnalogModule) -> None:
     for key in [key for key, hook in hooks.items() if hook is finish_load]:
         del hooks[key]
     digital = module.digital_class
-    module.__class__ = _rebased(type(module), analog_class(digital), digital)
+    analog = analog_class(digital, module.inherited)
+    module.__class__ = _rebased(type(module), analog, digital)
     del module._analog
 
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
@@ -23,14 +23,16 @@ from torch.overrides import TorchFunctionMode
 
 import analogfx.ops  # noqa: F401 (registers the fused ops)
 from analogfx.errors import OnnxError
+from analogfx.kernels import experts
 from analogfx.kernels.patches import Window
-from analogfx.kernels.spec import MVMSpec, decode
+from analogfx.kernels.spec import MVMSpec, decode, encode
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.driven import is_driven
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import sites
 from analogfx.onnx.writer import DOMAIN, VERSION
 
+_EXPERTS = torch.ops.analogfx.analog_experts.default
 _FUSED = (torch.ops.analogfx.analog_linear.default, torch.ops.analogfx.analog_conv.default)
 
 _library = torch.library.Library("analogfx_onnx", "DEF")
@@ -68,6 +70,8 @@ class SiteCall:
     spec: MVMSpec
     window: Window | None
     """Geometry of a convolution that makes no patches, else None."""
+    expert: int | None = None
+    """Which of a layer's experts it is; None for a product of one matrix."""
 
     def is_convolution(self) -> bool:
         """Whether the model convolves here, with or without patches."""
@@ -97,6 +101,9 @@ class _Numbering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is _EXPERTS:
+            self.seen += 1
+            return self._experts(*args), None, None
         if func not in _FUSED:
             return func(*args, **(kwargs or {}))
         *operands, spec = args
@@ -105,6 +112,56 @@ class _Numbering(TorchFunctionMode):
         window = "".join(operands[6:])
         # The fused ops' other outputs are for the backward.
         return SITE(*operands[:4], number, window, spec), None, None
+
+    def _experts(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_range: Tensor | None,
+        clip: Tensor | None,
+        seed: None,
+        offsets: Tensor,
+        spec: str,
+    ) -> Tensor:
+        """A site for every expert, each on all rows: how many are its own depends on the data."""
+        count = weight.shape[0]
+        one = encode(experts.of_one(decode(MVMSpec, spec), count))
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        numbers = [next(self.numbers) for _ in range(count)]
+        out = None
+        for e in reversed(range(count)):
+            of_expert = None if bias is None else bias[e]
+            ranges = experts.range_of(input_range, e)
+            y = SITE(x, weight[e], of_expert, ranges, numbers[e], "", one)
+            rest = torch.zeros_like(y) if out is None else out
+            out = torch.where(rows < offsets[e], y, rest)
+        assert out is not None
+        return out
+
+
+def parts(site: AnalogSite) -> list[tuple[AnalogSite, int | None]]:
+    """The sites of one matrix each that a file has for a site, with the expert of each."""
+    if not site.experts:
+        return [(site, None)]
+    outputs = len(site.out_sizes) // site.experts
+    return [
+        (
+            replace(
+                site,
+                name=f"{site.name}.{e}",
+                out_sizes=site.out_sizes[:outputs],
+                weight=functools.partial(_of_expert, site, e),
+                experts=0,
+            ),
+            e,
+        )
+        for e in range(site.experts)
+    ]
+
+
+def _of_expert(site: AnalogSite, expert: int, module: nn.Module) -> Tensor:
+    return site.matrices(site.weight(module))[expert]
 
 
 @contextmanager
@@ -116,7 +173,7 @@ def numbered(analog: nn.Module) -> Iterator[None]:
             placement = module._analog
             placement.forward = functools.partial(_forward, path, first)  # type: ignore
             placements.append(placement)
-            first += len(placement.sites)
+            first += sum(len(parts(site)) for site in placement.sites)
     try:
         yield
     finally:
@@ -182,9 +239,13 @@ def is_site(node: ir.Node) -> bool:
 
 def site_calls(analog: nn.Module, graph: ir.Graph) -> Iterator[SiteCall]:
     """The calls of a model's sites, in the order of a graph."""
-    found = list(sites(analog))
+    found = [
+        (path, module, part, expert)
+        for path, module, site in sites(analog)
+        for part, expert in parts(site)
+    ]
     for node in filter(is_site, graph):
-        path, module, site = found[node.attributes["number"].as_int()]
+        path, module, site, expert = found[node.attributes["number"].as_int()]
         window, spec = (node.attributes[name].as_string() for name in ("window", "spec"))
         geometry = decode(Window, window) if window else None
-        yield SiteCall(node, path, module, site, decode(MVMSpec, spec), geometry)
+        yield SiteCall(node, path, module, site, decode(MVMSpec, spec), geometry, expert)

@@ -208,7 +208,9 @@ def _site_names(calls: tuple[SiteCall, ...]) -> list[str]:
     for call in calls:
         sites = call.module._analog.sites
         label = ""
-        if len(sites) > 1 or call.site.name != "weight":
+        if call.expert is not None:
+            label = call.site.name
+        elif len(sites) > 1 or call.site.name != "weight":
             twins = [s for s in sites if s.name == call.site.name]
             number = next(i for i, s in enumerate(twins) if s is call.site)
             label = call.site.name + (f".{number}" if len(twins) > 1 else "")

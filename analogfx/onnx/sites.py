@@ -59,7 +59,9 @@ class Programmed:
     def input_range(self) -> Tensor | None:
         """(k,) range of each tile; None where inputs have their own, or none."""
         learned = getattr(self.call.module, self.call.site.state.input_range, None)
-        return None if learned is None else learned.detach().abs()
+        if learned is None:
+            return None
+        return (learned if learned.dim() == 1 else learned[self.call.expert]).detach().abs()
 
 
 def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
@@ -88,7 +90,11 @@ def weight_of(call: SiteCall) -> Tensor:
 
 def _clip_of(call: SiteCall) -> Tensor | None:
     clip = getattr(call.module, call.site.state.clip, None)
-    return None if clip is None else clip.detach()
+    if clip is None:
+        return None
+    outputs = sum(call.spec.out_sizes)
+    first = (call.expert or 0) * outputs
+    return clip.detach()[:, first : first + outputs]
 
 
 def _spec(call: SiteCall, noise: bool) -> MVMSpec:
