@@ -153,6 +153,10 @@ def _assert_digital(found, expected, what):
 def _calls(model, sites):
     """(site, name of its input, name of its output) of every call, in the order of the graph."""
     places = {}
+    constants = {t.name for t in model.graph.initializer} | {""}
+    for node in model.graph.node:  # a part of a bias is computed from a constant
+        if set(node.input) <= constants:
+            constants.update(node.output)
     for site in sites:
         for label in site.nodes:
             nodes = [
@@ -161,7 +165,6 @@ def _calls(model, sites):
                 if n.name == label or n.name.startswith(f"{label}/")
             ]
             made = {name for _, n in nodes for name in n.output}
-            constants = {t.name for t in model.graph.initializer}
             read = {name for _, n in nodes for name in n.input if name} - made - constants
             used = {o.name for o in model.graph.output} | {
                 name

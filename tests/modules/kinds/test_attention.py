@@ -136,4 +136,4 @@ def test_an_encoder_layer_is_exported_to_onnx(tmp_path):
     analogfx.export_onnx(analog, (X,), tmp_path / "encoder.onnx")
     for x in (X, torch.randn(2, 7, 8)):
         onnx_compare.compare(tmp_path / "encoder.onnx", analog, [x])
-    assert len(analogfx.onnx.load_onnx_sites(tmp_path / "encoder.onnx")) == 6
+    assert len(analogfx.onnx.load_onnx_sites(tmp_path / "encoder.onnx").sites) == 6
