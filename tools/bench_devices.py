@@ -60,6 +60,12 @@ class SmallLayers(Cpu):
     name = "cpu-small"
 
 
+class Recurrent(Cpu):
+    """The processor again: recurrent layers."""
+
+    name = "cpu-recurrent"
+
+
 class Cuda:
     """A GPU, in bfloat16."""
 

@@ -14,14 +14,23 @@ from typing import Any, NamedTuple
 import roofline
 import torch
 from bench_devices import Call, Cpu, Cuda, Device, Row, Sample
-from bench_rows import DIGITAL, Contender, Goal, failed_row, make_row, timed_rows
+from bench_rows import (
+    DIGITAL,
+    RECURRENT,
+    Contender,
+    Goal,
+    Sequences,
+    failed_row,
+    make_row,
+    timed_rows,
+)
 from roofline import Shape
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 import analogfx
-from analogfx import WeightQuantizationType
+from analogfx import WeightNoiseInjectionType, WeightQuantizationType
 
 LEARNING_RATE = 1e-4
 SATURATING_RANGE = 2.0
@@ -37,7 +46,7 @@ class Subject(NamedTuple):
     optimizer: Optimizer
 
 
-def linear_arm(layer: nn.Module, config: analogfx.TorchInferenceRPUConfig) -> Subject:
+def digital_arm(layer: nn.Module, config: analogfx.TorchInferenceRPUConfig) -> Subject:
     """The digital layer as it is."""
     return Subject(layer, SGD(layer.parameters(), lr=LEARNING_RATE))
 
@@ -102,7 +111,8 @@ def _copy_fields(source: object, target: object) -> None:
 
 LIGHTNING, TRITON = "lightning", "lightning, Triton"
 ARMS = {
-    DIGITAL: linear_arm,
+    DIGITAL: digital_arm,
+    RECURRENT: digital_arm,
     "analogfx": analogfx_arm,
     LIGHTNING: lightning_arm,
     TRITON: triton_arm,
@@ -120,11 +130,12 @@ class Data(NamedTuple):
     grad: Tensor
 
 
-def make_data(shape: Shape, device: Device) -> Data:
+def make_data(shape: Shape | Sequences, device: Device) -> Data:
     """Standard normal input and output gradient."""
     options: Any = {"device": device.place, "dtype": device.dtype}
-    x = torch.randn(shape.rows, shape.inputs, requires_grad=True, **options)
-    return Data(x, torch.randn(shape.rows, shape.outputs, **options))
+    rows = (shape.steps, shape.rows) if isinstance(shape, Sequences) else (shape.rows,)
+    x = torch.randn(*rows, shape.inputs, requires_grad=True, **options)
+    return Data(x, torch.randn(*rows, shape.outputs, **options))
 
 
 @torch.no_grad()
@@ -152,18 +163,23 @@ class Mode(NamedTuple):
     """Value of the ranges, None for the one that data gave."""
     weight_states: int = 0
     """States of the weights, 0 for weights and their noise as in the recipe."""
+    noise: bool = True
+    """Whether the weights are noisy in training."""
 
 
 MODES = {
     "forward": Mode(forward, training=False),
     "8-bit forward": Mode(forward, training=False, weight_states=254),
     "step": Mode(step),
+    "noiseless step": Mode(step, noise=False),
     "saturated step": Mode(step, input_range=SATURATING_RANGE),
     "initialisation step": Mode(step, closed=False),
 }
 
 
-def afm(shape: Shape, tiles: int, weight_states: int = 0) -> analogfx.TorchInferenceRPUConfig:
+def afm(
+    shape: Shape | Sequences, tiles: int, weight_states: int = 0
+) -> analogfx.TorchInferenceRPUConfig:
     """The recipe of the Analog Foundation Models, on a number of tiles."""
     config = analogfx.recipes.afm()
     if tiles > 1:
@@ -174,13 +190,29 @@ def afm(shape: Shape, tiles: int, weight_states: int = 0) -> analogfx.TorchInfer
     return config
 
 
+class Outputs(nn.Module):
+    """An LSTM that returns its outputs alone."""
+
+    def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(inputs, outputs, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, N, inputs) to (T, N, outputs)."""
+        y: Tensor = self.layer(x)[0]
+        return y
+
+
 def make_subject(
-    contender: Contender, shape: Shape, data: Data, mode: Mode, device: Device
+    contender: Contender, shape: Shape | Sequences, data: Data, mode: Mode, device: Device
 ) -> Subject:
     """A contender in the state that a mode asks for; all of them hold the same weights."""
     torch.manual_seed(0)
     config = afm(shape, contender.tiles, mode.weight_states)
-    layer = nn.Linear(shape.inputs, shape.outputs, device=device.place, dtype=device.dtype)
+    if not mode.noise:
+        config.modifier.noise_type = WeightNoiseInjectionType.NONE
+    kind = Outputs if isinstance(shape, Sequences) else nn.Linear
+    layer = kind(shape.inputs, shape.outputs, device=device.place, dtype=device.dtype)
     subject = ARMS[contender.arm](layer, config)
     subject.module(data.x)  # in training: the ranges see data
     if mode.closed:
@@ -193,9 +225,9 @@ def make_subject(
 def close_ranges(module: nn.Module, count: int, value: float | None) -> None:
     """End the initialisation of input ranges; both tools keep them under the same names."""
     for name, tensor in module.state_dict().items():  # tensors that share the module's storage
-        if name.endswith("input_range_update_idx"):
+        if "input_range_update_idx" in name:
             tensor.fill_(count)
-        elif name.endswith("input_range") and value is not None:
+        elif "input_range" in name and value is not None:
             tensor.fill_(value)
 
 
@@ -215,6 +247,12 @@ CPU_GOALS = (
     Goal("step", EIGHT, PEER_EIGHT, 0.7),
 )
 SMALL_GOALS = (Goal("forward", ONE, PEER_ONE, 0.75), Goal("step", ONE, PEER_ONE, 0.75))
+LSTM = Contender(RECURRENT, 0)
+RECURRENT_GOALS = (
+    Goal("forward", ONE, PEER_ONE, 0.333),
+    Goal("step", ONE, PEER_ONE, 0.333),
+    Goal("noiseless step", ONE, PEER_ONE, 0.333),
+)
 GPU_GOALS = (
     Goal("step", ONE, LINEAR, 1.1),
     Goal("step", EIGHT, LINEAR, 1.25),
@@ -234,9 +272,9 @@ GPU_GOALS = (
 class Suite:
     """What is raced on one kind of device."""
 
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape | Sequences, ...]
     contenders: tuple[Contender, ...] = (LINEAR, ONE, EIGHT, PEER_ONE, PEER_EIGHT)
-    modes: tuple[str, ...] = tuple(what for what in MODES if what != "8-bit forward")
+    modes: tuple[str, ...] = ("forward", "step", "saturated step", "initialisation step")
     repeats: int = 30
     warmup: int = 3
     goals: tuple[Goal, ...] = CPU_GOALS
@@ -252,10 +290,18 @@ SUITES = {
         warmup=50,
         goals=SMALL_GOALS,
     ),
+    "cpu-recurrent": Suite(
+        shapes=(Sequences(32, 256, 256, 64), Sequences(16, 512, 512, 128)),
+        contenders=(LSTM, ONE, PEER_ONE),
+        modes=("forward", "step", "noiseless step"),
+        repeats=7,
+        warmup=1,
+        goals=RECURRENT_GOALS,
+    ),
     "cuda": Suite(
         shapes=roofline.SHAPES,
         contenders=(LINEAR, ONE, EIGHT, PEER_ONE, PEER_EIGHT, TRITON_ONE, TRITON_EIGHT),
-        modes=tuple(MODES),
+        modes=tuple(what for what in MODES if what != "noiseless step"),
         goals=GPU_GOALS,
     ),
 }
@@ -316,7 +362,7 @@ def _is_aten(event: Any) -> bool:
 
 
 def make_subjects(
-    shape: Shape, suite: Suite, data: Data, mode: Mode, device: Device
+    shape: Shape | Sequences, suite: Suite, data: Data, mode: Mode, device: Device
 ) -> tuple[dict[Contender, Subject], dict[Contender, str]]:
     """Every contender that runs, after a first call, and why the others do not."""
     subjects, failed = {}, {}
@@ -336,7 +382,7 @@ def make_subjects(
     return subjects, failed
 
 
-def measure(shape: Shape, suite: Suite, device: Device) -> Iterator[Row]:
+def measure(shape: Shape | Sequences, suite: Suite, device: Device) -> Iterator[Row]:
     """The rows of one shape."""
     for what in suite.modes:
         mode = MODES[what]
@@ -358,7 +404,7 @@ def measure(shape: Shape, suite: Suite, device: Device) -> Iterator[Row]:
 
 
 def counted_rows(
-    shape: Shape, contender: Contender, subject: Subject, data: Data, device: Device
+    shape: Shape | Sequences, contender: Contender, subject: Subject, data: Data, device: Device
 ) -> Iterator[Row]:
     """Rows of what training costs besides time; exact, and so counted once."""
     saved = saved_bytes(subject, data)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from bench_devices import Device, Row, cpu_model, installed
@@ -16,7 +16,7 @@ from roofline import Shape
 from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-DIGITAL = "nn.Linear"
+DIGITAL, RECURRENT = "nn.Linear", "nn.LSTM"
 
 
 class Contender(NamedTuple):
@@ -27,6 +27,18 @@ class Contender(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.arm}, {self.tiles} tile{'s' * (self.tiles > 1)}" if self.tiles else self.arm
+
+
+class Sequences(NamedTuple):
+    """Inputs of an LSTM: so many rows in each time step."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps of {self.rows} rows, {self.inputs} → {self.outputs}"
 
 
 class Goal(NamedTuple):
@@ -46,19 +58,19 @@ class Goal(NamedTuple):
 
 
 def timed_rows(
-    what: str, shape: Shape, contenders: Iterable[Contender], times: list[list[float]]
+    what: str, shape: Shape | Sequences, contenders: Iterable[Contender], times: list[list[float]]
 ) -> list[Row]:
     """Rows of one race, with ratios to the digital layer's median in it."""
     rows = [
         make_row(what, shape, contender, "ms", samples)
         for contender, samples in zip(contenders, times, strict=True)
     ]
-    digital = next(row["median"] for row in rows if row["arm"] == DIGITAL)
+    digital = next(row["median"] for row in rows if not row["tiles"])
     return [row | {"ratio": round(row["median"] / digital, 3)} for row in rows]
 
 
 def make_row(
-    what: str, shape: Shape, contender: Contender, unit: str, samples: Sequence[float]
+    what: str, shape: Shape | Sequences, contender: Contender, unit: str, samples: Sequence[float]
 ) -> Row:
     """One figure: median and the 20th and 80th percentile of its samples."""
     ordered = sorted(samples)
@@ -71,12 +83,14 @@ def make_row(
     }
 
 
-def failed_row(what: str, shape: Shape, contender: Contender, unit: str, reason: str) -> Row:
+def failed_row(
+    what: str, shape: Shape | Sequences, contender: Contender, unit: str, reason: str
+) -> Row:
     """A figure that could not be taken."""
     return _row(what, shape, contender, unit) | {"failed": reason}
 
 
-def _row(what: str, shape: Shape, contender: Contender, unit: str) -> Row:
+def _row(what: str, shape: Shape | Sequences, contender: Contender, unit: str) -> Row:
     return {"what": what, "unit": unit, **shape._asdict(), **contender._asdict()}
 
 
@@ -214,9 +228,11 @@ def verdict(value: float | None, goal: Goal) -> str:
     return f"{value:.2f} {'reached' if value <= goal.at_most else '**missed**'}"
 
 
-def shape_of(row: Row) -> Shape:
+def shape_of(row: Row) -> Shape | Sequences:
     """The shape that a row was measured with."""
-    return Shape(*(row[name] for name in Shape._fields))
+    kind: Any = Sequences if "steps" in row else Shape
+    shape: Shape | Sequences = kind(*(row[name] for name in kind._fields))
+    return shape
 
 
 def contender_of(row: Row) -> Contender:

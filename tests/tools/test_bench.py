@@ -204,12 +204,12 @@ def test_saved_bytes_counts_storages_once(data):
 
 
 def test_a_digital_layer_saves_nothing_beyond_its_inputs(data):
-    assert layers.saved_bytes(layers.linear_arm(nn.Linear(16, 8), None), data) == 0
+    assert layers.saved_bytes(layers.digital_arm(nn.Linear(16, 8), None), data) == 0
 
 
 def test_aten_ops_counts_calls_from_outside(data, threads):
     torch.set_num_threads(2)
-    assert layers.aten_ops(layers.linear_arm(nn.Linear(16, 8), None), data) == 1
+    assert layers.aten_ops(layers.digital_arm(nn.Linear(16, 8), None), data) == 1
     assert torch.get_num_threads() == 2
 
 
@@ -352,12 +352,12 @@ def test_a_gpu_run_records_every_figure_and_what_fails(gpu, tmp_path, monkeypatc
     monkeypatch.setattr(lightning, "TRITON_AVAIL", False)
     rows = bench.bench(gpu, GPU_SUITE, tmp_path / "rows.jsonl")
     figures = {"step, host", "saved for backward", "saved beyond nn.Linear"}
-    figures |= {"peak memory of a step", "host syncs", *layers.MODES}
+    figures |= {"peak memory of a step", "host syncs", *GPU_SUITE.modes}
     runs = [c for c in GPU_SUITE.contenders if c.arm != layers.TRITON]
     taken = {(row["what"], rows_of.contender_of(row)) for row in rows if "failed" not in row}
     assert taken == {(what, contender) for what in figures for contender in runs}
     failed = {(row["what"], row["tiles"]) for row in rows if "failed" in row}
-    assert failed == {(what, tiles) for what in layers.MODES for tiles in (1, 8)}
+    assert failed == {(what, tiles) for what in GPU_SUITE.modes for tiles in (1, 8)}
     assert all("Triton mode" in row["failed"] for row in rows if "failed" in row)
     assert {(row["gpu"], row["driver"], row["dtype"]) for row in rows} == {
         ("imaginary", "999.1", "bfloat16")
@@ -425,3 +425,21 @@ def test_arms_can_be_left_out(monkeypatch):
     monkeypatch.setattr(bench, "bench", lambda device, suite, path: suites.append(suite) or [])
     bench.main(["--without", "lightning"])
     assert {c.arm for c in suites[0].contenders} == {layers.DIGITAL, "analogfx"}
+
+
+def test_a_recurrent_suite_races_layers_that_loop(one_thread):
+    suite = dataclasses.replace(
+        layers.SUITES["cpu-recurrent"],
+        shapes=(rows_of.Sequences(2, 4, 4, 3),), repeats=1, warmup=0,
+    )  # fmt: skip
+    found = list(layers.measure(suite.shapes[0], suite, CPU))
+    assert all("failed" not in row for row in found)
+    timed = {(row["what"], row["arm"]) for row in found if row["unit"] == "ms"}
+    assert timed == {
+        (what, arm)
+        for what in ("forward", "step", "noiseless step")
+        for arm in ("nn.LSTM", "analogfx", "lightning")
+    }
+    common = {"date": "2026", "device": "cpu-recurrent"}
+    assert {rows_of.shape_of(row | common) for row in found} == {*suite.shapes}
+    assert "3 steps of 2 rows, 4 → 4" in rows_of.figure_table(found[:3])
