@@ -20,7 +20,8 @@ def functions_of(value: Any) -> Iterator[Any]:
 
     Yields Python's and built-in functions, and :data:`OPAQUE` for what cannot be looked into.
     """
-    pending, seen = [value], []
+    pending: list[Any] = [value]
+    seen: list[Any] = []
     while pending:
         value = pending.pop()
         if any(value is s for s in seen):
@@ -62,9 +63,9 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _is_callable_object(value: Any) -> bool:
     """Whether a value is an object of a class in Python that can be called, and no module."""
-    call = getattr(type(value), "__call__", None)
+    calls = (vars(base).get("__call__") for base in type(value).__mro__)
     return (
-        isinstance(call, FunctionType)
+        isinstance(next((c for c in calls if c is not None), None), FunctionType)
         and hasattr(value, "__dict__")
         and not isinstance(value, torch.nn.Module)
         and not is_torchs(type(value))
@@ -121,7 +122,9 @@ def mentions(
     names: Collection[str],
     attribute: Callable[[str], list[Any]] = lambda name: [],
 ) -> bool:
-    """Whether functions, or what they call, are or mention one of some names, ``@`` or what is opaque.
+    """Whether functions, or what they call, are or mention one of some names or ``@``.
+
+    What cannot be looked into counts, too.
 
     Args:
         names: of functions, without underscores around them.

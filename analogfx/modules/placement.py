@@ -288,8 +288,7 @@ class Placement:
         """A copy with its own config; programs never change and stay shared."""
         twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
         own = {"programs": dict(self.programs), "left": dict(self.left), "unset": set(self.unset)}
-        own["number"] = twin.number
-        twin.__dict__.update(self.__dict__ | {"config": twin.config} | own)
+        twin.__dict__.update(self.__dict__ | {"config": twin.config, "number": twin.number} | own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
