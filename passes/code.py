@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -119,7 +119,7 @@ def _globals(function: FunctionType, name: str) -> list[Any]:
 
 def mentions(
     functions: Iterable[Any],
-    names: Collection[str],
+    names: frozenset[str],
     attribute: Callable[[str], list[Any]] = lambda name: [],
 ) -> bool:
     """Whether functions, or what they call, are or mention one of some names or ``@``.
@@ -138,7 +138,8 @@ def mentions(
     )
 
 
-def says(code: CodeType, names: Collection[str]) -> bool:
+@functools.lru_cache(4096)
+def says(code: CodeType, names: frozenset[str]) -> bool:
     """Whether code mentions one of some names, underscores left out, or ``@``."""
     return any(
         any(name.strip("_") in names for name in inner.co_names)

@@ -672,8 +672,8 @@ class Latents(nn.Module):
 
 def test_a_learned_query_is_an_activation_and_a_product_of_weights_is_a_weight():
     digital, x = Latents().eval(), torch.randn(5, 4)
-    compiled = torch.compile(digital, backend="analogfx",
-                             options={"rpu_config": {"forward": {}}, "compiler": "eager"})  # fmt: skip
+    options = {"rpu_config": {"forward": {}}, "compiler": "eager"}
+    compiled = torch.compile(digital, backend="analogfx", options=options)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), digital(x))
     theirs = analogfx.report(analogfx.analogize(digital, {"forward": {}}))
