@@ -1,4 +1,4 @@
-"""Tables about a model, as a person reads them: repeated layers in one row, as wide as the terminal.
+"""Tables about a model in a terminal: what repeats in one row, wrapped to its width.
 
 Rows of layers that differ by their numbers alone are folded: ``layers.{0..31}.mlp.up`` stands for
 32 rows.

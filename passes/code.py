@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -20,7 +20,8 @@ def functions_of(value: Any) -> Iterator[Any]:
 
     Yields Python's and built-in functions, and :data:`OPAQUE` for what cannot be looked into.
     """
-    pending, seen = [value], []
+    pending: list[Any] = [value]
+    seen: list[Any] = []
     while pending:
         value = pending.pop()
         if any(value is s for s in seen):
@@ -62,9 +63,9 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _is_callable_object(value: Any) -> bool:
     """Whether a value is an object of a class in Python that can be called, and no module."""
-    call = getattr(type(value), "__call__", None)
+    calls = (vars(base).get("__call__") for base in type(value).__mro__)
     return (
-        isinstance(call, FunctionType)
+        isinstance(next((c for c in calls if c is not None), None), FunctionType)
         and hasattr(value, "__dict__")
         and not isinstance(value, torch.nn.Module)
         and not is_torchs(type(value))
@@ -118,10 +119,12 @@ def _globals(function: FunctionType, name: str) -> list[Any]:
 
 def mentions(
     functions: Iterable[Any],
-    names: Collection[str],
+    names: frozenset[str],
     attribute: Callable[[str], list[Any]] = lambda name: [],
 ) -> bool:
-    """Whether functions, or what they call, are or mention one of some names, ``@`` or what is opaque.
+    """Whether functions, or what they call, are or mention one of some names or ``@``.
+
+    What cannot be looked into counts, too.
 
     Args:
         names: of functions, without underscores around them.
@@ -135,7 +138,8 @@ def mentions(
     )
 
 
-def says(code: CodeType, names: Collection[str]) -> bool:
+@functools.lru_cache(4096)
+def says(code: CodeType, names: frozenset[str]) -> bool:
     """Whether code mentions one of some names, underscores left out, or ``@``."""
     return any(
         any(name.strip("_") in names for name in inner.co_names)

@@ -54,7 +54,7 @@ class Decision:
     reason: str
     decided_by: str
     """Name of the pass."""
-    where: str = ""
+    where: str = field(default="", compare=False, repr=False)
     """File and line of the statement, where they are known."""
 
 

@@ -126,7 +126,7 @@ def test_no_product_is_missed_whatever_hides_it(name, grad):
 def test_what_runs_by_element_is_listed_all_the_same():
     vecdot = lambda self, x: torch.linalg.vecdot(x[:, None], self.weight)  # noqa: E731
     digital = type("Hiding", (Weight,), {"forward": vecdot})()
-    with pytest.raises(PlacementError, match="weight .*vecdot"):
+    with pytest.raises(PlacementError, match=r"weight .*vecdot"):
         analogfx.analogize(digital, COARSE, strict=True)
 
 

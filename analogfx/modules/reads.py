@@ -32,9 +32,10 @@ def attribute_of(module: nn.Module, name: str) -> list[Any]:
     cls = getattr(type(module), "digital_class", type(module))
     bases = (base for base in cls.__mro__ if base is not nn.Module)
     value = module.__dict__.get(name)
-    inside = value.values() if isinstance(value, dict) else value
-    several = [*inside][:64] if isinstance(value, (dict, list, tuple)) else []
-    return [vars(base)[name] for base in bases if name in vars(base)] + [value, *several]
+    several = [*value.values()] if isinstance(value, dict) else value
+    if not isinstance(several, (list, tuple)):
+        several = []
+    return [vars(base)[name] for base in bases if name in vars(base)] + [value, *several[:64]]
 
 
 def mentions_product(module: nn.Module, forward: Any) -> bool:
@@ -129,7 +130,7 @@ class _Reader:
                 self.suspect_all()
 
     def suspect_all(self) -> None:
-        """Count the module's own matrices and those inside that are named, if there is a product."""
+        """Count the module's matrices, and those inside that are named, if there is a product."""
         if self.speaks:
             attribute = functools.partial(attribute_of, self.module)
             functions = reached(functions_of(self.forward), attribute)
@@ -207,14 +208,14 @@ class _Function:
         reader = self
 
         class Prune(ast.NodeTransformer):
-            def visit_If(self, node: ast.If) -> Any:  # noqa: N802
+            def visit_If(self, node: ast.If) -> Any:
                 value = reader._value(node.test)
                 if value is not _UNKNOWN:
                     kept = node.body if value else node.orelse
                     return [self.visit(n) for n in kept] or ast.Pass()
                 return self.generic_visit(node)
 
-            def visit_IfExp(self, node: ast.IfExp) -> Any:  # noqa: N802
+            def visit_IfExp(self, node: ast.IfExp) -> Any:
                 value = reader._value(node.test)
                 if value is not _UNKNOWN:
                     return self.visit(node.body if value else node.orelse)
@@ -289,16 +290,13 @@ class _Function:
         while True:
             before = dict(self.names)
             for node in ast.walk(self.tree):
-                named = isinstance(node, (ast.Name, ast.Attribute, ast.Subscript))
-                if named and isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
-                    weights = self._weights(node)
-                    if weights:
-                        self._use(node, weights)
                 if isinstance(node, ast.Call):
                     self._descend(node)
-                    given = self._weights(node)
-                    if given:
-                        self._use(node, given)
+                elif not isinstance(node, _READS) or not isinstance(node.ctx, ast.Load):
+                    continue
+                weights = self._weights(node)
+                if weights:
+                    self._use(node, weights)
             if self.names == before:
                 return
 
@@ -377,13 +375,10 @@ class _Function:
             elif isinstance(parent, ast.IfExp):
                 if parent.test is node:
                     return
-            elif not isinstance(
-                parent,
-                (ast.Subscript, ast.UnaryOp, ast.Starred, ast.Tuple, ast.List, ast.Dict,
-                 ast.ListComp, ast.GeneratorExp, ast.BoolOp),
-            ):  # fmt: skip
-                return
-            elif isinstance(parent, ast.Subscript) and parent.value is not node:
+            elif isinstance(parent, ast.Subscript):
+                if parent.value is not node:
+                    return
+            elif not isinstance(parent, _CARRIES):
                 return
             node = parent
 
@@ -484,9 +479,8 @@ class _Function:
             return _SELF
         found: Paths = frozenset()
         for part in ast.walk(node):
-            named = isinstance(part, (ast.Name, ast.Attribute, ast.Subscript, ast.Call))
-            if named and not self._is_described(part):
-                found |= self._weights(part)  # type: ignore[arg-type]
+            if isinstance(part, (*_READS, ast.Call)) and not self._is_described(part):
+                found |= self._weights(part)
         return found
 
     def _is_described(self, node: ast.expr) -> bool:
@@ -536,6 +530,15 @@ class _Function:
 
 _ALL = {"parameters", "named_parameters", "_parameters", "state_dict", "__dict__"}
 """Attributes that give all parameters of a module."""
+
+_READS = (ast.Name, ast.Attribute, ast.Subscript)
+"""Expressions that may name a weight."""
+
+_CARRIES = (
+    ast.UnaryOp, ast.Starred, ast.Tuple, ast.List, ast.Dict, ast.ListComp, ast.GeneratorExp,
+    ast.BoolOp,
+)  # fmt: skip
+"""Expressions that hold a weight as it is."""
 
 _BUILTINS = {"list", "tuple", "zip", "enumerate", "reversed", "iter", "next", "map", "sum", "dict"}
 

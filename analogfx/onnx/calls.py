@@ -102,7 +102,6 @@ class _Numbering(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is _EXPERTS:
-            self.seen += 1
             return self._experts(*args), None, None
         if func not in _FUSED:
             return func(*args, **(kwargs or {}))
@@ -128,7 +127,8 @@ class _Numbering(TorchFunctionMode):
         count = weight.shape[0]
         one = encode(experts.of_one(decode(MVMSpec, spec), count))
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
-        numbers = [next(self.numbers) for _ in range(count)]
+        numbers = [next(self.counted) for _ in range(count)]
+        self.seen.add(numbers[0])
         out = None
         for e in reversed(range(count)):
             of_expert = None if bias is None else bias[e]

@@ -600,3 +600,31 @@ def test_the_report_with_the_counts_of_the_passes_is_printed_on_demand(capsys, h
     if how != "function":
         assert analogfx.report(run).passes["freeze"] == 2
         assert analogfx.report(run).to_dict()["passes"]["epilogue"] == 1
+
+
+class Latents(nn.Module):
+    """A layer that is called with a learned query, and one with a weight computed by a product."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.latents = nn.Parameter(torch.randn(3, 4))
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x):
+        scores = self.query(self.latents) @ self.key(x).t()
+        return torch.nn.functional.linear(scores.t() @ self.latents, self.b @ self.a)
+
+
+def test_a_learned_query_is_an_activation_and_a_product_of_weights_is_a_weight():
+    digital, x = Latents().eval(), torch.randn(5, 4)
+    options = {"rpu_config": {"forward": {}}, "compiler": "eager"}
+    compiled = torch.compile(digital, backend="analogfx", options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), digital(x))
+    theirs = analogfx.report(analogfx.analogize(digital, {"forward": {}}))
+    ours = analogfx.report(digital)
+    places = [{(s.parameter, s.status, s.weight_shape) for s in r.sites} for r in (ours, theirs)]
+    assert places[0] == places[1] and ours.coverage == 1.0
+    assert {name for name, *_ in places[0]} == {"query.weight", "key.weight", "latents", "b"}

@@ -73,7 +73,7 @@ def in_a_branch(self, x, mask=None):
 
 
 def to_layers(self, x):
-    for index, layer in enumerate(self.layers):
+    for _, layer in enumerate(self.layers):
         x = layer(x, self.w) @ x
     return x
 
