@@ -1,6 +1,6 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
-from analogfx import chip, errors, recipes
+from analogfx import chip, distributed, errors, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.backend.explain import explain
 from analogfx.backend.state import backend_state
@@ -21,6 +21,7 @@ from analogfx.config import (
     bits,
 )
 from analogfx.device import Device, load_device, program
+from analogfx.distributed import parameter_groups, prepare_training
 from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
@@ -53,6 +54,7 @@ __all__ = [
     "clip_after_step",
     "clip_weights",
     "digital_state_dict",
+    "distributed",
     "errors",
     "evaluate",
     "explain",
@@ -60,6 +62,8 @@ __all__ = [
     "load",
     "load_device",
     "load_onnx_sites",
+    "parameter_groups",
+    "prepare_training",
     "program",
     "programmed",
     "quantize_weights",

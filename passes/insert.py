@@ -102,9 +102,7 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
         return emit.method("range", "abs", parameter)
     stored = [emit.method("state", "detach", parameter)]
     stored += [emit.attribute("state", n) for n in names.ranges()[1:]]
-    updated = emit.call(
-        "update_range",
-        dialect.update_range.default,
+    arguments = (
         emit.method("state", "detach", x),
         *stored,
         config.range_mode,
@@ -115,9 +113,18 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
         config.init_std_alpha,
         config.momentum,
     )
-    news = [emit.call("state", operator.getitem, updated, i) for i in range(len(stored))]
-    for place, new in zip(stored, news, strict=True):
-        emit.call("store", torch.ops.aten.copy_.default, place, new)
+    if config.collects:  # the step writes the state; a forward notes what it saw
+        notes = emit.attribute("state", names.seen)
+        collect = dialect.collect_range.default
+        updated = emit.call("update_range", collect, *arguments, notes, config.learns_by_share)
+        places = [None, notes]
+    else:
+        updated = emit.call("update_range", dialect.update_range.default, *arguments)
+        places = stored
+    news = [emit.call("state", operator.getitem, updated, i) for i in range(len(places))]
+    for place, new in zip(places, news, strict=True):
+        if place is not None:
+            emit.call("store", torch.ops.aten.copy_.default, place, new)
     used = emit.call("state", dialect.stored_range.default, parameter, news[0])
     return emit.method("range", "abs", used)
 
@@ -147,7 +154,7 @@ def _tile(
             r,
             config.inp_res,
             config.range_mode,
-            config.decay,
+            0.0 if config.collects else config.decay,
             config.input_min_percentage,
         )
 

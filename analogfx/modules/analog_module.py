@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
 from analogfx.modules.placement import Placement
-from analogfx.modules.remember import clip_names, reset_state
+from analogfx.modules.remember import clip_names, renew_notes, reset_state
 from analogfx.state import as_state
 
 _ABSENT = object()
@@ -34,6 +34,9 @@ class AnalogModule(nn.Module):
         placement = self.__dict__.get("_analog")
         before: Any = self.__dict__.get(name, _ABSENT)
         super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            # Sharding wrappers fill a weight anew and put it in place, without torch counting it.
+            changes.written((value,))
         # What a forward reads of its module is part of its graphs.
         plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")
         if placement is not None and plain and name not in ("training", "forward"):
@@ -66,8 +69,13 @@ class AnalogModule(nn.Module):
             return out
 
         super()._apply(keep_precision, recurse)
+        for name in (site.state.seen for site in placement.sites):
+            notes = self.__dict__.get(name)
+            if notes is not None and not notes.is_meta:  # to where the ranges are
+                self.__dict__[name] = notes.to(fn(notes[:0].float()).device)
         if were_meta and not any(getattr(self, n).is_meta for n in self._kept()):
             self._reset()
+            renew_notes(self, placement.sites, placement.resolved)
             # Weights that have no values yet get them from whoever fills them, before a forward.
             placement.unset |= clip_names(placement.sites, placement.resolved)
         return self
@@ -119,6 +127,7 @@ def finish_load(module: nn.Module, _: Any) -> None:
     fresh = module.__dict__.pop("_analog_fresh", set())
     if isinstance(module, AnalogModule):
         module._reset(fresh)
+        renew_notes(module, module._analog.sites, module._analog.resolved)
         module._analog.unset.clear()
 
 

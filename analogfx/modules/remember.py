@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from analogfx.config import Resolved
 from analogfx.kernels import reference as ref
+from analogfx.kernels import seen
 from analogfx.modules.program import AnalogSite
-from analogfx.state import CLIP, VARIABLES
+from analogfx.state import CLIP, VARIABLES, X_MIN
 
 
 def make_state(
@@ -56,6 +57,7 @@ def forget_state(module: nn.Module, names: Collection[str]) -> None:
     for name in names:
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
+        module.__dict__.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
 
 
@@ -81,6 +83,16 @@ def reset_state(
                     state.copy_(_first_clips(site, site.weight(module)))
                 else:
                     state.fill_(variable.initial(config))
+
+
+def renew_notes(module: nn.Module, sites: Sequence[AnalogSite], config: Resolved) -> None:
+    """Give sites empty notes of what training sees, if their config collects such; else none."""
+    for site in sites:
+        if config.collects:
+            ranges = getattr(module, site.state.of(X_MIN))
+            setattr(module, site.state.seen, seen.nothing(len(site.in_sizes), ranges.device))
+        else:
+            module.__dict__.pop(site.state.seen, None)
 
 
 def clip_names(sites: Sequence[AnalogSite], config: Resolved) -> set[str]:

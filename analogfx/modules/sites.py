@@ -11,13 +11,19 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 
 
-def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:
-    """Every analog site of a model as it is now, as (module path, module, site)."""
+def analog_modules(model: nn.Module) -> Iterator[tuple[str, AnalogModule]]:
+    """Every analog module of a model by its path, its programs those for the module as it is."""
     for path, module in model.named_modules():
         if isinstance(module, AnalogModule):
             module._analog.follow(module)
-            for site in module._analog.sites:
-                yield path, module, site
+            yield path, module
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:
+    """Every analog site of a model as it is now, as (module path, module, site)."""
+    for path, module in analog_modules(model):
+        for site in module._analog.sites:
+            yield path, module, site
 
 
 def required_sites(model: nn.Module) -> list[tuple[str, AnalogModule, AnalogSite]]:

@@ -33,7 +33,8 @@ def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -
 
 def unswap(module: AnalogModule) -> None:
     """Make an analog module digital again in place."""
-    forget_state(module, module._analog.state_names())
+    notes = [site.state.seen for site in module._analog.sites]
+    forget_state(module, [*module._analog.state_names(), *notes])
     hooks = module._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is finish_load]:
         del hooks[key]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from analogfx import shards
 from analogfx.errors import CaptureError
+from analogfx.kernels import changes
 from analogfx.modules.program import AnalogSite
 
 
@@ -48,6 +52,27 @@ def store_weight(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
     origin = site.weight(_stand_in(site.name, index))
     values = matrix.flatten().to(weight.dtype)
     parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
+
+
+@contextmanager
+def gathered(module: nn.Module, site: AnalogSite) -> Iterator[nn.Module]:
+    """A stand-in that has a site's parameter as a whole, where the module has a shard of it.
+
+    What is written to it is written to the shard afterwards. Every process must come here.
+    """
+    parameter = parameter_of(module, site)
+    whole = nn.Parameter(shards.whole(parameter.detach()).clone(), requires_grad=False)
+    holder = nn.Module()
+    *path, name = site.name.split(".")
+    inner = holder
+    for step in path:
+        inner.add_module(step, nn.Module())
+        inner = inner.get_submodule(step)
+    inner.register_parameter(name, whole)
+    yield holder
+    with torch.no_grad():
+        shards.local(parameter).copy_(shards.part_of(whole, parameter))
+    changes.written((parameter,))
 
 
 def _stand_in(path: str, value: Any) -> Any:
