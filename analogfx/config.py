@@ -336,6 +336,8 @@ class Resolved:
     """Whether ``out_bound`` refers to the largest weight of the channel, not of the tile."""
     collects: bool = False
     """Whether training leaves what it learned of ranges to ``prepare_training``: no config says."""
+    processes: str = ""
+    """Process groups whose members share what they see in every forward; no config says."""
 
     @property
     def learns_by_share(self) -> bool:

@@ -39,7 +39,7 @@ class Preparation:
 
 
 def prepare_training(
-    optimizer: Optimizer, model: nn.Module, mesh_or_group: Any = None
+    optimizer: Optimizer, model: nn.Module, mesh_or_group: Any = None, exact: bool = True
 ) -> Preparation:
     """Let processes that train a model together have the same input ranges, and clip its weights.
 
@@ -50,6 +50,13 @@ def prepare_training(
     were. One all-reduce does that for the whole model (a second one for the extremes of ranges in
     fast mode). After the step weights are clipped, see :func:`analogfx.clip_weights`.
 
+    While ranges follow the data (the first ``init_from_data`` forwards), processes share what they
+    see in every forward, by a small all-reduce for each site, so that gradients are those of one
+    process on all the data, too. All processes must run the same modules in the same order for
+    that, or they wait for each other for ever: a mixture of experts does not. Without ``exact``
+    each clamps by what it has seen itself since the last step, and the gradients of these steps,
+    but not the ranges, differ a little from one process's.
+
     With one process it does the same without communication, so that a loop is written once.
 
     Args:
@@ -59,6 +66,7 @@ def prepare_training(
         mesh_or_group: the data-parallel processes: a process group, or a ``DeviceMesh`` of which
             all dimensions are data-parallel. None for all processes; with tensor or pipeline
             parallelism pass the data-parallel part of the mesh.
+        exact: share what is seen in every forward while ranges follow the data.
 
     Returns:
         A handle whose ``remove()`` ends it.
@@ -76,11 +84,13 @@ def prepare_training(
     optimizer = _inner(optimizer)
     clipping = clip_after_step(optimizer, model)
     try:
-        step = _Step(model, _groups(mesh_or_group))
+        groups = _groups(mesh_or_group)
+        step = _Step(model, groups, exact)
     except BaseException:
         clipping.remove()
         raise
-    collect_statistics(model, on=True)
+    names = ",".join(group.group_name for group in groups) if exact else ""
+    collect_statistics(model, on=True, processes=names)
     handle = optimizer.register_step_pre_hook(lambda opt, *_: step.before(opt))
     return Preparation(model, [handle, clipping])
 
@@ -187,8 +197,9 @@ class _Lot:
 class _Step:
     """What happens before a step of the optimizer."""
 
-    def __init__(self, model: nn.Module, groups: list[Any]) -> None:
+    def __init__(self, model: nn.Module, groups: list[Any], exact: bool) -> None:
         self.model = model
+        self.exact = exact
         self.groups = groups
         self.processes = 1
         for group in groups:
@@ -235,16 +246,18 @@ class _Step:
         sums = stacked.split([piece.numel() for piece in [*pieces, has]])
         self._store_gradients(dense, sums[len(notes) : -1], sums[-1])
 
+        rows = [total.to(n.device).view(len(n), -1) for n, total in zip(notes, sums, strict=False)]
+        if self.exact:  # the rest of the notes was seen by all at once
+            return [seen.with_inputs_of(n, row) for n, row in zip(notes, rows, strict=True)]
         extremes = [torch.stack((-n[:, seen.LOW], n[:, seen.HIGH])).flatten() for n in notes]
         if any(lot.config.range_mode == "fast" for lot in lots):
             together = torch.cat([e.to(device) for e in extremes])
             shards.all_reduce(together, self.groups, largest=True)
             extremes = list(together.split([e.numel() for e in extremes]))
         gathered = []
-        for noted, total, most in zip(notes, sums, extremes, strict=False):
-            minus_low, high = most.to(noted.device).view(2, -1)
-            rows = total.to(noted.device).view(noted.shape[0], -1)
-            gathered.append(seen.of_all(rows, -minus_low, high))
+        for row, most in zip(rows, extremes, strict=True):
+            minus_low, high = most.to(row.device).view(2, -1)
+            gathered.append(seen.of_all(row, -minus_low, high))
         return gathered
 
     def _store_gradients(
@@ -272,8 +285,19 @@ class _Step:
         new_range = seen.updated(state, rule, notes[at]).input_range
         whole = seen.updated(seen.Ranges(x_min, count, x_min, x_max), rule, notes)
         _store(held, new_range)
+        self._close(lot, whole.count)
         for old, new in zip(buffers, (whole.count, whole.x_min, whole.x_max), strict=True):
             _store(old, new)
+
+    def _close(self, lot: _Lot, count: Tensor) -> None:
+        """Tell forwards which ranges are set, while there are such that are not."""
+        flags = [getattr(m, s.state.initializes) for m, s in lot.sites]
+        if not any(flags):
+            return
+        open_ = (count < lot.config.init_from_data).cpu()
+        tiles = [len(s.in_sizes) for _, s in lot.sites]
+        for flag, its in zip(flags, open_.split(tiles), strict=True):
+            flag.fill_(bool(its.any()))
 
     def _decay(self, lot: _Lot, notes: Tensor, scale: Tensor | None) -> None:
         """Add to the gradients what shrinks ranges while few of all inputs are saturated."""

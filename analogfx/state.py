@@ -80,6 +80,9 @@ SEEN = "range_statistics"
 A plain attribute, neither parameter nor buffer: no wrapper shards, broadcasts or averages it, and
 no checkpoint holds it. Only modules that ``prepare_training`` prepared have it."""
 
+INITIALIZES = "range_initializes"
+"""Whether a range may still follow the data, a bool () in host memory. As plain as ``SEEN``."""
+
 RANGES = (INPUT_RANGE, COUNT, X_MIN, X_MAX)
 """Ranges and the statistics that set them, in the order in which ``update_range`` takes them."""
 VARIABLES = (*RANGES, CLIP)
@@ -108,6 +111,10 @@ class StateNames:
     @property
     def seen(self) -> str:  # noqa: D102
         return self.prefix + SEEN
+
+    @property
+    def initializes(self) -> str:  # noqa: D102
+        return self.prefix + INITIALIZES
 
     def ranges(self) -> tuple[str, ...]:
         """The names of ranges and their statistics, in the order of ``update_range``."""

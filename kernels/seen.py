@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from analogfx.kernels import patches
@@ -77,6 +78,8 @@ def collect(
     in_sizes: list[int],
     window: Window | None,
     notes: Tensor,
+    initializes: Tensor,
+    processes: str,
     shares: bool,
 ) -> tuple[Tensor, Tensor]:
     """The ranges that a training forward uses, and the notes after it; nothing is written.
@@ -86,6 +89,10 @@ def collect(
 
     Args:
         x: input of the site: (..., groups * I), or (B, C, *image) with a window.
+        initializes: bool () in host memory: False says without a look at the device that every
+            tile has been fed often enough.
+        processes: names of process groups, with commas between them, whose members share what
+            they see at once, in every forward of the initialisation; empty for none.
         shares: whether to count saturated inputs.
 
     Returns:
@@ -93,18 +100,19 @@ def collect(
     """
     dtype = state.x_min.dtype
     state = replace(state, input_range=state.input_range.to(dtype))
-    if in_backward() or x.numel() == 0:
+    if in_backward() or (x.numel() == 0 and not processes):
         return updated(state, rule, notes).input_range.clone(), notes.clone()
-    open_ = state.count + notes[:, FORWARDS] < rule.init_from_data
-    if x.device.type != "cpu" or bool(open_.any()):  # reading a count on the CPU is no sync
-        more = added(notes, _noted(x, rule, groups, in_sizes, window))
+    if initializes:
+        open_ = state.count + notes[:, FORWARDS] < rule.init_from_data
+        news = _noted(x, rule, groups, in_sizes, window)
+        more = added(notes, gathered(news, rule, processes.split(",")) if processes else news)
         after = updated(state, rule, more).input_range
         fed = open_ & _feeds(more, rule) & after.isfinite()
         notes = torch.where(fed.unsqueeze(1), more, notes)
     else:
         notes = notes.clone()
     ranges = updated(state, rule, notes).input_range
-    if shares:
+    if shares and x.numel():
         for t, part in enumerate(_parts(x, groups, in_sizes, window)):
             beyond = ref.saturated(part, ranges[t].abs())
             if window is None:
@@ -175,6 +183,23 @@ def of_all(sums: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.stack((forwards, n, mean, squares, low, high, beyond, inputs), dim=1)
 
 
+def with_inputs_of(notes: Tensor, sums: Tensor) -> Tensor:
+    """Notes with the numbers of inputs that were summed over processes, see :func:`summands`."""
+    return torch.cat((notes[:, :BEYOND], sums[:, -2:]), dim=1)
+
+
+def gathered(notes: Tensor, rule: Rule, processes: list[str]) -> Tensor:
+    """Notes of all members of process groups, which all call this."""
+    groups = [dist.distributed_c10d._resolve_process_group(name) for name in processes]  # type: ignore[arg-type]
+    sums, extremes = summands(notes), torch.stack((-notes[:, LOW], notes[:, HIGH]))
+    for group in groups:
+        dist.all_reduce(sums, group=group)
+    if rule.range_mode == "fast":
+        for group in groups:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return of_all(sums, -extremes[0], extremes[1])
+
+
 def _parts(x: Tensor, groups: int, in_sizes: list[int], window: Window | None) -> list[Tensor]:
     """What each tile sees: a slice of the inputs, or the image of a convolution."""
     if window is not None:
@@ -187,6 +212,8 @@ def _noted(
     x: Tensor, rule: Rule, groups: int, in_sizes: list[int], window: Window | None
 ) -> Tensor:
     """Notes of one forward's inputs."""
+    if x.numel() == 0:
+        return nothing(len(in_sizes), x.device)
     rows = []
     for part in _parts(x, groups, in_sizes, window):
         row = torch.zeros(COLUMNS, dtype=torch.float64, device=x.device)

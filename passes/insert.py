@@ -116,7 +116,8 @@ def _ranges(emit: Emitter, x: Node, config: Resolved, training: bool) -> Node:
     if config.collects:  # the step writes the state; a forward notes what it saw
         notes = emit.attribute("state", names.seen)
         collect = dialect.collect_range.default
-        updated = emit.call("update_range", collect, *arguments, notes, config.learns_by_share)
+        how = emit.attribute("state", names.initializes), config.processes, config.learns_by_share
+        updated = emit.call("update_range", collect, *arguments, notes, *how)
         places = [None, notes]
     else:
         updated = emit.call("update_range", dialect.update_range.default, *arguments)

@@ -125,7 +125,8 @@ class Placement:
             CaptureError: its forward would multiply by other parameters; nothing is changed.
         """
         with TRACING:
-            resolved = replace(resolve(config), collects=self.resolved.collects)
+            now = self.resolved
+            resolved = replace(resolve(config), collects=now.collects, processes=now.processes)
             train, evaluate = self._built(module, resolved)
             before = self.sites
             if [(s.name, s.state) for s in before] != [(s.name, s.state) for s in train.sites]:

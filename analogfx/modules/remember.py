@@ -11,7 +11,7 @@ from analogfx.config import Resolved
 from analogfx.kernels import reference as ref
 from analogfx.kernels import seen
 from analogfx.modules.program import AnalogSite
-from analogfx.state import CLIP, VARIABLES, X_MIN
+from analogfx.state import CLIP, COUNT, VARIABLES
 
 
 def make_state(
@@ -57,7 +57,6 @@ def forget_state(module: nn.Module, names: Collection[str]) -> None:
     for name in names:
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
-        module.__dict__.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
 
 
@@ -89,10 +88,13 @@ def renew_notes(module: nn.Module, sites: Sequence[AnalogSite], config: Resolved
     """Give sites empty notes of what training sees, if their config collects such; else none."""
     for site in sites:
         if config.collects:
-            ranges = getattr(module, site.state.of(X_MIN))
-            setattr(module, site.state.seen, seen.nothing(len(site.in_sizes), ranges.device))
+            count = getattr(module, site.state.of(COUNT))
+            setattr(module, site.state.seen, seen.nothing(len(site.in_sizes), count.device))
+            open_ = count.is_meta or bool((count < config.init_from_data).any())
+            setattr(module, site.state.initializes, torch.tensor(open_, device="cpu"))
         else:
             module.__dict__.pop(site.state.seen, None)
+            module.__dict__.pop(site.state.initializes, None)
 
 
 def clip_names(sites: Sequence[AnalogSite], config: Resolved) -> set[str]:

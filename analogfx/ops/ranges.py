@@ -62,10 +62,13 @@ keep_result(torch.ops.analogfx.update_range.default, LIBRARY)
 
 
 def _collect_range(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *state, range_mode, groups, in_sizes, window, init, alpha, momentum, notes, shares = args
+    state, (range_mode, groups, in_sizes, window, init, alpha, momentum), rest = (
+        args[:4],
+        args[4:11],
+        args[11:],
+    )
     rule = seen.Rule(range_mode, init, alpha, momentum)
-    ranges = seen.Ranges(*state)
-    return seen.collect(x, ranges, rule, groups, in_sizes, _window(window), notes, shares)
+    return seen.collect(x, seen.Ranges(*state), rule, groups, in_sizes, _window(window), *rest)
 
 
 # As update_range, where the step writes the ranges. Its leading arguments are the same.
@@ -73,10 +76,10 @@ define(
     "collect_range",
     "Tensor x, Tensor input_range, Tensor count, Tensor x_min, Tensor x_max, str range_mode, "
     "int groups, int[] in_sizes, str window, int init_from_data, float init_std_alpha, "
-    "float momentum, Tensor notes, bool shares",
+    "float momentum, Tensor notes, Tensor initializes, str processes, bool shares",
     "(Tensor, Tensor)",
     _collect_range,
-    lambda x, *args: (torch.empty_like(args[2]), torch.empty_like(args[-2])),
+    lambda x, *args: (torch.empty_like(args[2]), torch.empty_like(args[11])),
 )
 keep_result(torch.ops.analogfx.collect_range.default, LIBRARY)
 
