@@ -108,13 +108,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         A group of the other parameters with the weight decay given, and one of ranges and clips
         with none; groups without parameters are left out.
     """
-    ours = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, AnalogModule)
-        for name in module._analog.state_names()
-        if (parameter := module._parameters.get(name)) is not None
-    }
+    ours = set(map(id, _own_parameters(model)))
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if id(p) not in ours], "weight_decay": weight_decay},
@@ -124,7 +118,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def fully_shard_policy(module: nn.Module) -> dict[str, Any]:
-    """Arguments of ``fully_shard`` that leave input ranges out of a unit: whole, and in float32.
+    """Arguments of ``fully_shard`` that leave ranges and learned clips out of a unit, in float32.
 
     A range is a number or a few. Inside a unit it is cut into shards of which all but one are
     empty, and ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)`` rounds it to 8 bits. Outside,
@@ -138,16 +132,17 @@ def fully_shard_policy(module: nn.Module) -> dict[str, Any]:
         ...     fully_shard(block, mesh=mesh, mp_policy=policy, **fully_shard_policy(block))
         >>> fully_shard(model, mesh=mesh, mp_policy=policy, **fully_shard_policy(model))
     """
-    return {"ignored_params": {p for _, p in _range_parameters(module)}}
+    return {"ignored_params": set(_own_parameters(module))}
 
 
-def _range_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, module in model.named_modules():
+def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Ranges and learned clips."""
+    for module in model.modules():
         if isinstance(module, AnalogModule):
-            for site in module._analog.sites:
-                parameter = module._parameters.get(site.state.input_range)
+            for name in module._analog.state_names():
+                parameter = module._parameters.get(name)
                 if parameter is not None:
-                    yield f"{path}.{site.state.input_range}", parameter
+                    yield parameter
 
 
 def _inner(optimizer: Any) -> Optimizer:
@@ -212,7 +207,7 @@ class _Step:
         """Gather what all processes saw, set the ranges, and complete their gradients."""
         lots = self._lots()
         notes = [torch.cat(lot.notes()) for lot in lots]
-        if self.groups and lots:
+        if self.groups:
             notes = self._gathered(lots, notes)
         scale = getattr(optimizer, "grad_scale", None)  # of gradients that are not unscaled yet
         for lot, seen_by_all in zip(lots, notes, strict=True):
@@ -234,10 +229,11 @@ class _Step:
 
     def _gathered(self, lots: list[_Lot], notes: list[Tensor]) -> list[Tensor]:
         """The notes of all processes; gradients of ranges that each holds alone are averaged."""
-        device = notes[0].device
-        dense = [
-            p for lot in lots for p in lot.state(0) if p.requires_grad and not shards.is_sharded(p)
-        ]
+        ours = dict.fromkeys(_own_parameters(self.model))
+        dense = [p for p in ours if p.requires_grad and not shards.is_sharded(p)]
+        if not notes and not dense:
+            return notes
+        device = [*notes, *dense][0].device
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
         has = torch.tensor([p.grad is not None for p in dense], dtype=torch.float64)
         pieces = [seen.summands(n).flatten() for n in notes] + [g.flatten() for g in gradients]
@@ -266,7 +262,7 @@ class _Step:
         for p, total, count in zip(parameters, sums, has.tolist(), strict=True):
             if not count:
                 continue
-            mean = (total / self.processes).to(p.device, p.dtype)
+            mean = (total / self.processes).to(p.device, p.dtype).view_as(p)
             if p.grad is None:
                 p.grad = mean
             else:

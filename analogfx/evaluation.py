@@ -15,7 +15,7 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.remember import row_maxima
 from analogfx.modules.sites import required_sites
-from analogfx.modules.write_back import parameter_of, store_weight
+from analogfx.modules.write_back import dense_weight, gathered, parameter_of, store_weight
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def programmed(analog: nn.Module, std_dev: float, seed: int | None = None) -> It
             # All from the exact weights: of products that share one, the last noise stays.
             noisy = [_noisy(*product, std_dev, seed, next(streams)) for product in products]
             for (module, site), matrix in zip(products, noisy, strict=True):
-                with torch.no_grad():
-                    store_weight(module, site, matrix)
+                with torch.no_grad(), gathered(module, site) as holder:
+                    store_weight(holder, site, matrix)
         yield
 
 
@@ -76,7 +76,7 @@ def _noisy(
     module: AnalogModule, site: AnalogSite, std_dev: float, seed: int, stream: int
 ) -> Tensor:
     """A product's weight as a matrix (O, I), with noise."""
-    matrix = site.weight(module).flatten(1)
+    matrix = dense_weight(module, site).flatten(1)
     sizes = torch.tensor(site.in_sizes, device=matrix.device)
     largest = row_maxima(site, matrix).T.repeat_interleave(sizes, dim=1)
     key = torch.tensor(seed, device=matrix.device)

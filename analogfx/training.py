@@ -18,7 +18,13 @@ from analogfx.kernels.weights import maxima, modified_weight
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import required_sites, sites
-from analogfx.modules.write_back import gathered, is_view, parameter_of, store_weight
+from analogfx.modules.write_back import (
+    dense_weight,
+    gathered,
+    is_view,
+    parameter_of,
+    store_weight,
+)
 
 
 def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
@@ -133,7 +139,9 @@ def quantize_weights(analog: nn.Module) -> None:
     for module, site in chosen:  # all that may be refused, before anything is changed
         parameter_of(module, site)
     for module, site in chosen:
-        store_weight(module, site, _quantized(module, site))
+        quantized = _quantized(module, site)
+        with gathered(module, site) as holder:
+            store_weight(holder, site, quantized)
     for module in dict.fromkeys(module for module, _ in chosen):
         changed = TorchInferenceRPUConfig.from_dict(module._analog.config.to_dict())
         changed.modifier.quantization_type = WeightQuantizationType.NONE
@@ -149,6 +157,6 @@ def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:
         weight_states=config.weight_states,
         weight_per_channel=config.weight_per_channel,
     )
-    matrix = site.weight(module).flatten(1)
-    clip = getattr(module, site.state.clip) if config.learnable_clip else None
+    matrix = dense_weight(module, site).flatten(1)
+    clip = shards.whole(getattr(module, site.state.clip)) if config.learnable_clip else None
     return modified_weight(matrix, clip, None, maxima(matrix, clip, spec), spec)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analogfx import shards
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
 from analogfx.modules.placement import Placement
@@ -101,8 +102,12 @@ class AnalogModule(nn.Module):
         for name in self._kept():
             current = getattr(self, name)
             key = prefix + name
-            if key in state_dict:
+            # torch.distributed hands a module its own tensor where a checkpoint has none.
+            if key in state_dict and name in placement.unset and _same(state_dict[key], current):
+                fresh.add(name)
+            elif key in state_dict:
                 state_dict[key] = as_state(state_dict[key], current)
+            if key in state_dict:
                 continue
             if current.is_meta or name in clips:
                 fresh.add(name)
@@ -129,6 +134,12 @@ def finish_load(module: nn.Module, _: Any) -> None:
         module._reset(fresh)
         renew_notes(module, module._analog.sites, module._analog.resolved)
         module._analog.unset.clear()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same memory; what this process holds of them, if in shards."""
+    storages = [shards.local(t).untyped_storage() for t in (first, second)]
+    return storages[0]._cdata == storages[1]._cdata
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
