@@ -23,7 +23,7 @@ from analogfx.api import analogize, to_digital
 from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError, abridged, shown
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.sites import unwrapped
+from analogfx.modules.sites import HOLDERS, unwrapped
 from analogfx.tensorfile import DTYPES, tensors_in
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -551,7 +551,7 @@ def _paths(model: nn.Module) -> dict[str, str]:
 
     def visit(module: nn.Module, raw: str, path: str) -> None:
         found[raw] = path
-        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        parallel = isinstance(module, HOLDERS)
         for name, child in module._modules.items():
             if child is not None:
                 inside = name in _WRAPPED or (parallel and name == "module")

@@ -257,7 +257,7 @@ class _Step:
         return gathered
 
     def _store_gradients(
-        self, parameters: list[Tensor], sums: tuple[Tensor, ...], has: Tensor
+        self, parameters: list[nn.Parameter], sums: tuple[Tensor, ...], has: Tensor
     ) -> None:
         for p, total, count in zip(parameters, sums, has.tolist(), strict=True):
             if not count:

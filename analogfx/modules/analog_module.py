@@ -39,7 +39,8 @@ class AnalogModule(nn.Module):
             # Sharding wrappers fill a weight anew and put it in place, without torch counting it.
             changes.written((value,))
         # What a forward reads of its module is part of its graphs.
-        plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")
+        # (DeepSpeed keeps its books on modules under names of ds_.)
+        plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith(("_", "ds_"))
         if placement is not None and plain and name not in ("training", "forward"):
             try:
                 placement.change(self, placement.config)

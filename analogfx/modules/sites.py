@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
@@ -40,10 +41,14 @@ def required_sites(model: nn.Module) -> list[tuple[str, AnalogModule, AnalogSite
     return found
 
 
+HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+"""Wrappers that keep the model inside as ``module``."""
+
+
 def unwrapped(model: Any) -> Any:
-    """The model inside what ``torch.compile`` and data-parallel wrappers made of it."""
+    """The model inside what ``torch.compile``, data-parallel wrappers and averages made of it."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, HOLDERS):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
