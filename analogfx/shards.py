@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def any_dtensor() -> bool:
+    """Whether there may be a DTensor at all."""
+    return "torch.distributed.tensor" in sys.modules
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor. Loads nothing where no DTensor was ever made."""
     module = sys.modules.get("torch.distributed.tensor")

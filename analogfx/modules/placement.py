@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from analogfx import held
+from analogfx import held, shards
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
+from analogfx.errors import PlacementError
 from analogfx.kernels import changes, dispatch
 from analogfx.modules import program as programs
 from analogfx.modules.capture import (
@@ -26,7 +27,6 @@ from analogfx.modules.program import AnalogSite, Program, build, check_same_site
 from analogfx.modules.remember import fit_state, renew_notes, reset_state
 from analogfx.ops.transforms import in_transform
 from analogfx.passes.contract import Decision
-from analogfx.shards import world_size
 
 _placements = itertools.count()
 
@@ -238,6 +238,7 @@ class Placement:
         """Run the module's graph for its mode.
 
         Raises:
+            PlacementError: its parameters are cut for tensor parallelism.
             RuntimeError: under ``torch.func``, which cannot store what ranges learn from the data.
         """
         training = module.training
@@ -251,6 +252,8 @@ class Placement:
             )
         if self.unset or self._reading(module) != self._read:
             self.follow(module)
+        if shards.any_dtensor():
+            self._refuse_tensor_parallel(module)
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, training, pattern)
         holdings = held.of(self)
@@ -259,19 +262,31 @@ class Placement:
         run = program.explicit if programs._explicit else program.fused
         return run(module, *args, **kwargs)
 
+    def _refuse_tensor_parallel(self, module: nn.Module) -> None:
+        """Refuse parameters that are in shards while the module runs."""
+        for path in self._readers:
+            for name, p in (_inside(module, path) if path else module)._parameters.items():
+                if p is not None and shards.is_sharded(p):
+                    raise PlacementError(
+                        f"{self.name or type(module).__name__}: {name} is a DTensor in the "
+                        "forward, as ColwiseParallel and RowwiseParallel make it: parallelize "
+                        "digital layers alone, or shard analog ones by fully_shard"
+                    )
+
     def _warn_if_alone(self) -> None:
         """Warn once a process if ranges follow its own data while others train beside it."""
         global _warned_alone
-        if _warned_alone or torch.compiler.is_compiling() or world_size() == 1:
+        if _warned_alone or torch.compiler.is_compiling() or shards.world_size() == 1:
             return
         if self._steps is None:
             self._steps = changes.steps
         elif changes.steps > self._steps:  # the second step
             _warned_alone = True
             warnings.warn(
-                f"{self.name or 'the model'} trains on {world_size()} processes, and its input "
-                "range follows the data of this one: call analogfx.prepare_training(optimizer, "
-                "model) before training, so that all have the same ranges",
+                f"{self.name or 'the model'} trains on {shards.world_size()} processes, and its "
+                "input range follows the data of this one: call "
+                "analogfx.prepare_training(optimizer, model) before training, so that all have "
+                "the same ranges",
                 stacklevel=6,
             )
 
