@@ -1,6 +1,6 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
-from analogfx import chip, errors, hardware, recipes
+from analogfx import chip, distributed, errors, hardware, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.audit import audit
 from analogfx.backend.explain import explain
@@ -23,6 +23,7 @@ from analogfx.config import (
     bits,
 )
 from analogfx.device import Device, load_device, program
+from analogfx.distributed import parameter_groups, prepare_training
 from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
 from analogfx.onnx import export_onnx, load_onnx_sites
@@ -64,6 +65,7 @@ __all__ = [
     "clip_weights",
     "cost",
     "digital_state_dict",
+    "distributed",
     "errors",
     "evaluate",
     "explain",
@@ -73,7 +75,9 @@ __all__ = [
     "load",
     "load_device",
     "load_onnx_sites",
+    "parameter_groups",
     "plan",
+    "prepare_training",
     "program",
     "programmed",
     "quantize_weights",

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from analogfx.choose import choose
-from analogfx.errors import CaptureError
+from analogfx.errors import CaptureError, PlacementError
 from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.fast_paths import close_fast_paths, open_fast_paths
@@ -20,6 +20,7 @@ from analogfx.modules.remember import make_state
 from analogfx.modules.swap import swap, unswap
 from analogfx.passes.pipeline import Pass
 from analogfx.report import Report, check_strict, forget_choice, remember_choice
+from analogfx.shards import is_sharded
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -100,7 +101,19 @@ def to_digital(analog: ModelT, inplace: bool = False) -> ModelT:
 
     Args:
         inplace: change ``analog`` itself; no weight is copied.
+
+    Raises:
+        PlacementError: ranges or clips of the model are in the units of ``fully_shard``.
     """
+    for name, module in analog.named_modules():
+        if isinstance(module, AnalogModule):
+            for own in module._analog.state_names():
+                if (tensor := module._parameters.get(own)) is not None and is_sharded(tensor):
+                    raise PlacementError(
+                        f"{name}.{own} is part of a unit of fully_shard, which would look for it: "
+                        "save() and load() the model dense, or leave ranges out of units by "
+                        "analogfx.distributed.fully_shard_policy"
+                    )
     digital = analog if inplace else copy.deepcopy(analog)
     for module in list(digital.modules()):
         if isinstance(module, AnalogModule):

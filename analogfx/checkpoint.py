@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from analogfx import files
+from analogfx import files, shards
 from analogfx.api import analogize, to_digital
 from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError, abridged, shown
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.sites import unwrapped
+from analogfx.modules.sites import HOLDERS, unwrapped
 from analogfx.passes.pipeline import Pass, pass_name
 from analogfx.tensorfile import DTYPES, tensors_in
 
@@ -51,6 +51,9 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
     before is removed afterwards. So an interrupted save leaves the checkpoint that was there, and
     of two that save at once one is the last, whole.
 
+    A model in shards (``fully_shard``) is gathered tensor by tensor, and the first process writes
+    it from its host memory: every process must call this.
+
     Args:
         analog: what ``analogize`` returned, compiled or in a data-parallel wrapper, too, as a
             whole or in parts: names are saved as those of the modules inside.
@@ -64,12 +67,49 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
             there before is as it was.
     """
     analog = unwrapped(analog)
-    tensors, ties = _distinct(_named_state(analog))
+    state = _named_state(analog)
+    if any(map(shards.is_sharded, state.values())):
+        _save_sharded(analog, state, Path(directory))
+        return
+    _write(analog, *_distinct(state), Path(directory))
+
+
+def _save_sharded(analog: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Gather one tensor after the other; the first process writes what it has gathered."""
+    dist = torch.distributed
+    writes = dist.get_rank() == 0
+    first: dict[int, str] = {}
+    whole: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    for name, value in state.items():
+        kept = first.setdefault(id(value), name)
+        if kept != name:
+            ties[name] = kept
+            continue
+        dense = shards.whole(value.detach())
+        if writes:
+            whole[name] = dense.cpu().contiguous()
+        del dense
+    failed: list[Exception | None] = [None]
+    if writes:
+        try:
+            _write(analog, whole, ties, folder)
+        except Exception as error:
+            failed = [error]
+    dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+
+
+def _write(
+    analog: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str], folder: Path
+) -> None:
+    """Write a model whose tensors are given."""
     configs, modules = _configs(analog)
     if not modules:
         warnings.warn(
             f"{type(analog).__name__} has no analog layer: load() will give a digital model back",
-            stacklevel=2,
+            stacklevel=3,
         )
     record: dict[str, Any] = {
         "schema": SCHEMA,
@@ -81,7 +121,6 @@ def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
     }
     if passes := _passes(analog):
         record["passes"] = passes
-    folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _commit(folder, tensors, record)
@@ -116,9 +155,15 @@ def load(
 
     Raises:
         CheckpointError: the folder is missing something, damaged, of another schema, made for
-            another model or with other passes, or cannot be read.
+            another model or with other passes, or cannot be read; or ``model`` is in shards.
     """
     folder = Path(directory)
+    if any(map(shards.is_sharded, model.parameters())):
+        raise CheckpointError(
+            f"{type(model).__name__} has parameters in shards: load the checkpoint into the dense "
+            "model and call fully_shard then; or shard what analogize() gives, and load with "
+            "torch.distributed.checkpoint"
+        )
     stored = _read(folder)
     if stored.passes != [pass_name(step) for step in passes]:
         raise CheckpointError(
@@ -228,9 +273,10 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
     """
     paths = _paths(model)
     state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    named = model.state_dict(keep_vars=True)  # a tensor that has two names is one object
+    for key, value in named.items():
         found = ""
-        if type(value) not in (Tensor, nn.Parameter):
+        if not shards.is_sharded(value) and type(value) not in (Tensor, nn.Parameter):
             found = f"a {type(value).__name__}"
         elif value.layout is not torch.strided or value.is_quantized:
             found = f"a tensor of layout {value.layout} and dtype {value.dtype}"
@@ -539,7 +585,7 @@ def _paths(model: nn.Module) -> dict[str, str]:
 
     def visit(module: nn.Module, raw: str, path: str) -> None:
         found[raw] = path
-        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        parallel = isinstance(module, HOLDERS)
         for name, child in module._modules.items():
             if child is not None:
                 inside = name in _WRAPPED or (parallel and name == "module")

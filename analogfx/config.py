@@ -352,6 +352,15 @@ class Resolved:
     clip_per_channel: bool
     bound_per_channel: bool
     """Whether ``out_bound`` refers to the largest weight of the channel, not of the tile."""
+    collects: bool = False
+    """Whether training leaves what it learned of ranges to ``prepare_training``: no config says."""
+    processes: str = ""
+    """Process groups whose members share what they see in every forward; no config says."""
+
+    @property
+    def learns_by_share(self) -> bool:
+        """Whether a range shrinks while few inputs are saturated, as static ranges do."""
+        return self.learn_range and self.range_mode == "static" and self.decay > 0
 
     @property
     def has_range(self) -> bool:

@@ -43,6 +43,8 @@ from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import required_sites, unwrapped
+from analogfx.modules.write_back import dense_weight
+from analogfx.shards import whole
 
 SCHEMA = 1
 CHIP_FILE = "chip.json"
@@ -265,10 +267,11 @@ def program(
         if of_site is None:
             valid = "a noise model, here or as program(..., noise_model=)"
             raise ConfigError([Conflict("noise_model", None, valid)], name)
-        weight = site.weight(module)
+        weight = dense_weight(module, site)
         if weight.is_meta:
             raise CaptureError(f"{name} has no weights: it is on the meta device")
-        target, peaks = kernel.asked_for(weight, getattr(module, site.state.clip, None), spec)
+        clip = getattr(module, site.state.clip, None)
+        target, peaks = kernel.asked_for(weight, None if clip is None else whole(clip), spec)
         sites.append(
             _Site(
                 name,

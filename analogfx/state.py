@@ -79,6 +79,15 @@ X_MIN = Variable("x_min", _has_ranges, lambda _: -ref.UNTOUCHED, across_ranks="m
 X_MAX = Variable("x_max", _has_ranges, lambda _: ref.UNTOUCHED, across_ranks="max")
 CLIP = Variable("learnable_weight_clip", _learns_clip, None, lambda _: True, per_output=True)
 
+SEEN = "range_statistics"
+"""What training forwards saw since the last step, (tiles, see ``kernels.seen``) in float64.
+
+A plain attribute, neither parameter nor buffer: no wrapper shards, broadcasts or averages it, and
+no checkpoint holds it. Only modules that ``prepare_training`` prepared have it."""
+
+INITIALIZES = "range_initializes"
+"""Whether a range may still follow the data, a bool () in host memory. As plain as ``SEEN``."""
+
 RANGES = (INPUT_RANGE, COUNT, X_MIN, X_MAX)
 """Ranges and the statistics that set them, in the order in which ``update_range`` takes them."""
 VARIABLES = (*RANGES, CLIP)
@@ -106,12 +115,20 @@ class StateNames:
     def clip(self) -> str:  # noqa: D102
         return self.of(CLIP)
 
+    @property
+    def seen(self) -> str:  # noqa: D102
+        return self.prefix + SEEN
+
+    @property
+    def initializes(self) -> str:  # noqa: D102
+        return self.prefix + INITIALIZES
+
     def ranges(self) -> tuple[str, ...]:
         """The names of ranges and their statistics, in the order of ``update_range``."""
         return tuple(map(self.of, RANGES))
 
     def all(self) -> tuple[str, ...]:
-        """Every attribute name, in the order of registration."""
+        """Names of all parameters and buffers, in the order of registration."""
         return tuple(map(self.of, VARIABLES))
 
 

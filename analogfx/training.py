@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from analogfx.config import TorchInferenceRPUConfig, WeightQuantizationType
+from analogfx import shards
+from analogfx.config import Resolved, TorchInferenceRPUConfig, WeightQuantizationType
 from analogfx.kernels import changes, dispatch
-from analogfx.kernels.clip import clip_matrix
+from analogfx.kernels.clip import clip_matrix, clip_part, moments
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import required_sites, sites
-from analogfx.modules.write_back import is_view, parameter_of, store_weight
+from analogfx.modules.write_back import (
+    dense_weight,
+    gathered,
+    is_view,
+    parameter_of,
+    store_weight,
+)
 
 
 def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
@@ -49,20 +58,54 @@ def clip_weights(analog: nn.Module) -> None:
     kind of layer. Learned clips act in the forward and are left alone.
     """
     done = set()
+    parts: list[tuple[nn.Parameter, float]] = []
     for _, module, site in sites(analog):
         config = module._analog.resolved
-        if config.clip_sigma:
-            weight = site.weight(module)
-            place = (weight.data_ptr(), weight.shape, weight.stride(), config)
-            if place in done and not weight.is_meta:  # tied: the bound is that of unclipped weights
-                continue
-            done.add(place)
-            matrix = weight.flatten(1)
-            clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
-            for own in site.matrices(matrix):  # each by its own spread
-                clip(own, config.clip_sigma)
-            if not is_view(matrix, module, site):
-                store_weight(module, site, matrix)
+        if not config.clip_sigma:
+            continue
+        weight = site.weight(module)
+        sharded = shards.is_sharded(weight)
+        where: Any = id(parameter_of(module, site)) if sharded else weight.data_ptr()
+        place = (where, weight.shape, weight.stride(), site.weight if sharded else None, config)
+        if place in done and not weight.is_meta:  # tied: the bound is that of unclipped weights
+            continue
+        done.add(place)
+        parameter = parameter_of(module, site) if sharded else None
+        if parameter is None:
+            _clip(module, site, config)
+        elif weight is not parameter or site.experts or not shards.cut_by_rows(parameter):
+            with gathered(module, site) as holder:
+                _clip(holder, site, config)
+        elif config.clip_per_channel:
+            dispatch.clip_rows(shards.local(parameter).flatten(1), config.clip_sigma)
+        else:
+            parts.append((parameter, config.clip_sigma))
+    _clip_parts(parts)
+
+
+def _clip(module: nn.Module, site: AnalogSite, config: Resolved) -> None:
+    """Clip one site's weight, which is here as a whole."""
+    matrix = site.weight(module).flatten(1)
+    clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
+    for own in site.matrices(matrix):  # each by its own spread
+        clip(own, config.clip_sigma)
+    if not is_view(matrix, module, site):
+        store_weight(module, site, matrix)
+
+
+def _clip_parts(parts: list[tuple[nn.Parameter, float]]) -> None:
+    """Clip parameters that are cut by rows by the spread of each as a whole.
+
+    Their moments travel together, once for all that are cut over the same processes.
+    """
+    alike: dict[Any, list[tuple[nn.Parameter, float]]] = {}
+    for parameter, sigma in parts:
+        alike.setdefault(tuple(shards.shard_groups(parameter)), []).append((parameter, sigma))
+    for groups, members in alike.items():
+        matrices = [shards.local(parameter).flatten(1) for parameter, _ in members]
+        together = shards.all_reduce(torch.stack([*map(moments, matrices)]), list(groups))
+        for matrix, (_, sigma), its in zip(matrices, members, together, strict=True):
+            clip_part(matrix, sigma, its)
 
 
 def weights_written(model: nn.Module) -> None:
@@ -97,7 +140,9 @@ def quantize_weights(analog: nn.Module) -> None:
     for module, site in chosen:  # all that may be refused, before anything is changed
         parameter_of(module, site)
     for module, site in chosen:
-        store_weight(module, site, _quantized(module, site))
+        quantized = _quantized(module, site)
+        with gathered(module, site) as holder:
+            store_weight(holder, site, quantized)
     for module in dict.fromkeys(module for module, _ in chosen):
         changed = TorchInferenceRPUConfig.from_dict(module._analog.config.to_dict())
         changed.modifier.quantization_type = WeightQuantizationType.NONE
@@ -113,6 +158,6 @@ def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:
         weight_states=config.weight_states,
         weight_per_channel=config.weight_per_channel,
     )
-    matrix = site.weight(module).flatten(1)
-    clip = getattr(module, site.state.clip) if config.learnable_clip else None
+    matrix = dense_weight(module, site).flatten(1)
+    clip = shards.whole(getattr(module, site.state.clip)) if config.learnable_clip else None
     return modified_weight(matrix, clip, None, maxima(matrix, clip, spec), spec)

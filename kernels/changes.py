@@ -77,9 +77,15 @@ def written(weights: Iterable[Tensor]) -> None:
         setattr(owned, _WRITES, getattr(owned, _WRITES, 0) + 1)
 
 
+steps = 0
+"""Steps that optimizers have made in this process."""
+
+
 def _after_step(optimizer: Optimizer, *_: object) -> None:
     if torch.compiler.is_compiling():  # a compiled step writes by way of ops that are counted
         return
+    global steps
+    steps += 1
     for group in optimizer.param_groups:
         if group.get("fused"):
             written(group["params"])

@@ -30,6 +30,24 @@ def clip_matrix(matrix: Tensor, sigma: float) -> None:
         _clamp(matrix[b], bound)
 
 
+def moments(matrix: Tensor) -> Tensor:
+    """Number, sum and sum of squares of a matrix, float64 (3,): of parts they add up."""
+    total = torch.zeros(3, dtype=torch.float64, device=matrix.device)
+    for b in row_blocks(matrix):
+        rows = matrix[b].double()
+        total += torch.stack((total.new_tensor(rows.numel()), rows.sum(), rows.square().sum()))
+    return total
+
+
+@torch.no_grad()
+def clip_part(part: Tensor, sigma: float, moments: Tensor) -> None:
+    """Clamp rows of a matrix by the spread of all its elements, whose :func:`moments` are given."""
+    n, total, squares = moments.unbind()
+    spread = ((squares - total * total / n).clamp_min(0) / (n - 1)).sqrt()
+    for b in row_blocks(part):
+        _clamp(part[b], sigma * spread)
+
+
 def _clamp(rows: Tensor, bound: Tensor) -> None:
     # A single weight has no spread (NaN): nothing says that it is too large.
     bound = bound.nan_to_num(nan=float("inf"), posinf=float("inf"))

@@ -136,6 +136,12 @@ def elements(x: Tensor, window: Window) -> int:
     return count
 
 
+def mean(x: Tensor, window: Window) -> Tensor:
+    """Mean over the elements of all patches, padding included, ()."""
+    per_pixel = ref.wide(x).sum((0, 1))
+    return (per_pixel * multiplicity(x, window)).sum() / elements(x, window)
+
+
 def std(x: Tensor, window: Window) -> Tensor:
     """Unbiased standard deviation over the elements of all patches, (). NaN below two elements.
 
@@ -146,16 +152,15 @@ def std(x: Tensor, window: Window) -> Tensor:
     if count < 2:
         return torch.full((), float("nan"), device=x.device)
     weight = multiplicity(x, window)
+    average = mean(x, window)
     x = ref.wide(x)
-    per_pixel = x.sum((0, 1))
-    mean = (per_pixel * weight).sum() / count
     low, high = x.aminmax()
     exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(-126, 126)
-    one = torch.ones_like(mean)
+    one = torch.ones_like(average)
     smaller, larger = torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
-    squares = (x - mean).mul_(smaller).square_().sum((0, 1))
+    squares = (x - average).mul_(smaller).square_().sum((0, 1))
     padding = count - x.shape[0] * x.shape[1] * _visits(x, window)
-    total = (squares * weight).sum() + padding * (mean * smaller).square()
+    total = (squares * weight).sum() + padding * (average * smaller).square()
     return (total / (count - 1)).sqrt() * larger
 
 

@@ -20,6 +20,15 @@ UNTOUCHED = 1e-5
 """Initial -x_min and x_max of the fast mode, as in the reference."""
 
 
+ABSURD = 2.0**64
+"""Inputs as large have squares that float32 cannot hold: of no use, and not to be learned from."""
+
+
+def believable(statistic: Tensor) -> Tensor:
+    """Whether a spread or an extreme of inputs may set a range: uninitialised memory may not."""
+    return statistic.abs() < ABSURD
+
+
 def wide(x: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is: the precision that sites compute in."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -63,7 +72,8 @@ def range_static(
 
     Args:
         std: (k,) unbiased standard deviation of each tile's raw input, NaN where undefined: for
-            a single element, or if an element is not finite. Such a batch does not count.
+            a single element, or if an element is not finite. Such a batch does not count, nor
+            does one of absurd spread.
         input_range: (k,) ranges so far.
         count: (k,) int64, updates so far.
 
@@ -72,7 +82,7 @@ def range_static(
     """
     open_ = count < init_from_data
     mean = (input_range * count + init_std_alpha * std) / (count + 1)
-    fed = open_ & (std > 0) & mean.isfinite()
+    fed = open_ & (std > 0) & believable(std)
     updated = torch.where(fed, mean, input_range)
     return torch.where(open_, updated.abs(), input_range), count + fed
 
@@ -91,13 +101,13 @@ def range_fast(
 
     Args:
         low, high: (k,) extremes of each tile's input in this batch. A batch whose extremes are
-            not finite does not count, and changes nothing.
+            not finite, or absurd, does not count, and changes nothing.
         momentum: weight of the past, or -1 for the extremes ever seen.
 
     Returns:
         New ``input_range``, ``count``, ``x_min``, ``x_max``, each (k,).
     """
-    open_ = (count < init_from_data) & low.isfinite() & high.isfinite()
+    open_ = (count < init_from_data) & believable(low) & believable(high)
     first = (x_min > -1.1 * UNTOUCHED) & (x_max < 1.1 * UNTOUCHED)
     if momentum == -1:
         mean_min, mean_max = torch.minimum(x_min, low), torch.maximum(x_max, high)

@@ -113,9 +113,7 @@ def _ranges(emit: Emitter, x: Node, offsets: Node | None, config: Resolved, trai
         return emit.method("range", "abs", parameter)
     stored = [emit.method("state", "detach", parameter)]
     stored += [emit.attribute("state", n) for n in names.ranges()[1:]]
-    updated = emit.call(
-        "update_range",
-        dialect.update_range.default,
+    arguments = (
         emit.method("state", "detach", x),
         *stored,
         config.range_mode,
@@ -127,9 +125,19 @@ def _ranges(emit: Emitter, x: Node, offsets: Node | None, config: Resolved, trai
         config.momentum,
         *([] if offsets is None else [offsets]),
     )
-    news = [emit.call("state", operator.getitem, updated, i) for i in range(len(stored))]
-    for place, new in zip(stored, news, strict=True):
-        emit.call("store", torch.ops.aten.copy_.default, place, new)
+    if config.collects:  # the step writes the state; a forward notes what it saw
+        notes = emit.attribute("state", names.seen)
+        collect = dialect.collect_range.default
+        how = emit.attribute("state", names.initializes), config.processes, config.learns_by_share
+        updated = emit.call("update_range", collect, *arguments, notes, *how)
+        places = [None, notes]
+    else:
+        updated = emit.call("update_range", dialect.update_range.default, *arguments)
+        places = stored
+    news = [emit.call("state", operator.getitem, updated, i) for i in range(len(places))]
+    for place, new in zip(places, news, strict=True):
+        if place is not None:
+            emit.call("store", torch.ops.aten.copy_.default, place, new)
     used = emit.call("state", dialect.stored_range.default, parameter, news[0])
     return emit.method("range", "abs", used)
 
@@ -167,7 +175,7 @@ def _tile(
             *([offsets] if own else []),
             config.inp_res,
             config.range_mode,
-            config.decay,
+            0.0 if config.collects else config.decay,
             config.input_min_percentage,
         )
         if own:  # for what follows, of every row

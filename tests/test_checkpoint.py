@@ -790,3 +790,13 @@ def test_schema_1_is_replaced_by_the_next_save(old_folder):
     folder, analog = old_folder
     analogfx.save(analog, folder)
     assert len(files(folder)) == 2 and "model-01234567.safetensors" not in files(folder)
+
+
+def test_an_average_is_saved_as_the_model_inside(tmp_path):
+    digital = nn.Linear(4, 3)
+    analog = analogfx.analogize(digital, {"pre_post": {"input_range": {"enable": True}}})
+    average = torch.optim.swa_utils.AveragedModel(analog)
+    average.update_parameters(analog)
+    analogfx.save(average, tmp_path)
+    loaded = analogfx.load(nn.Linear(4, 3), tmp_path)
+    assert torch.equal(loaded.weight, digital.weight)

@@ -288,3 +288,37 @@ def test_a_batch_that_is_not_finite_leaves_a_fast_range_alone():
     layer(bad)
     assert torch.equal(layer.input_range, before)
     assert layer.input_range_update_idx.tolist() == [1]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_absurd_batch_sets_no_range(fast):
+    oracle, ours = both(linear(6, 4), with_range(init_from_data=1, fast_mode=fast))
+    bad, good = 2e34 * normal(5, 6), normal(5, 6)
+    for layer in (oracle, ours):
+        layer(bad)
+        layer(good)
+    assert oracle.input_range > 1e34
+    assert ours.input_range < 100 and ours.input_range_update_idx == 1
+
+
+@pytest.mark.parametrize("lightning", [True, False])
+def test_the_decay_of_a_range_is_that_of_one_step_whatever_the_loss_is_scaled_by(lightning):
+    decay, start = 0.1, 50.0  # so wide that nothing is saturated: all of the gradient is decay
+    config = with_range(init_from_data=0, init_value=start, decay=decay, input_min_percentage=0.9)
+    layer = both(linear(6, 4), config)[0 if lightning else 1]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    if not lightning:
+        analogfx.prepare_training(optimizer, layer)
+    moved = []
+    for scale, batches in ((1.0, 1), (1024.0, 1), (1.0, 3)):
+        with torch.no_grad():
+            layer.input_range.fill_(start)
+        optimizer.zero_grad()
+        for _ in range(batches):
+            (scale * layer(normal(5, 6)).square().mean() / batches).backward()
+        for parameter in layer.parameters():
+            parameter.grad /= scale
+        optimizer.step()
+        moved.append((start - layer.input_range.item()) / (decay * start))
+    expected = [1, 1 / 1024, 3] if lightning else [1, 1, 1]
+    assert moved == pytest.approx(expected, rel=1e-3)

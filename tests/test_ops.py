@@ -128,6 +128,17 @@ def calls_of_a_digital_layer():
     return above.calls
 
 
+def calls_when_prepared(site):
+    """A training site that leaves its ranges to the step: what its ops are called with."""
+    layer, config = SITES[site]
+    module, x = layer_and_input(layer, torch.float32)
+    analog = analogfx.analogize(module, config)
+    analogfx.prepare_training(torch.optim.SGD(analog.parameters(), lr=0.1), analog)
+    with CallsOf() as above:
+        analog(x)
+    return above.calls
+
+
 def check(function, args, compiled=True):
     """torch's own checks of an op; ``compiled``, the slow one, runs it through AOT autograd."""
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
@@ -161,6 +172,10 @@ def recorded():
                 found[function._opname].setdefault(signature(args), (function, args))
     for function, args in calls_of_a_digital_layer():
         found[function._opname].setdefault(signature(args), (function, args))
+    for site in SITES:
+        for function, args in calls_when_prepared(site):
+            if function._opname == "collect_range":
+                found[function._opname].setdefault(signature(args), (function, args))
     for layer in ("linear", "linear of 3-D", "conv2d", "grouped", "experts"):
         for function, args in calls_on_chip(layer):
             found[function._opname].setdefault(signature(args), (function, args))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analogfx import shards
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
 from analogfx.modules.placement import Placement
-from analogfx.modules.remember import clip_names, reset_state
+from analogfx.modules.remember import clip_names, renew_notes, reset_state
 from analogfx.state import as_state
 
 _ABSENT = object()
@@ -36,8 +37,12 @@ class AnalogModule(nn.Module):
         placement = self.__dict__.get("_analog")
         before: Any = self.__dict__.get(name, _ABSENT)
         super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            # Sharding wrappers fill a weight anew and put it in place, without torch counting it.
+            changes.written((value,))
         # What a forward reads of its module is part of its graphs.
-        plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith("_")
+        # (DeepSpeed keeps its books on modules under names of ds_.)
+        plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith(("_", "ds_"))
         if placement is not None and plain and name not in ("training", "forward"):
             try:
                 placement.change(self, placement.config)
@@ -68,8 +73,13 @@ class AnalogModule(nn.Module):
             return out
 
         super()._apply(keep_precision, recurse)
+        for name in (site.state.seen for site in placement.sites):
+            notes = self.__dict__.get(name)
+            if notes is not None and not notes.is_meta:  # to where the ranges are
+                self.__dict__[name] = notes.to(fn(notes[:0].float()).device)
         if were_meta and not any(getattr(self, n).is_meta for n in self._kept()):
             self._reset()
+            renew_notes(self, placement.sites, placement.resolved)
             # Weights that have no values yet get them from whoever fills them, before a forward.
             placement.unset |= clip_names(placement.sites, placement.resolved)
         return self
@@ -95,8 +105,12 @@ class AnalogModule(nn.Module):
         for name in self._kept():
             current = getattr(self, name)
             key = prefix + name
-            if key in state_dict:
+            # torch.distributed hands a module its own tensor where a checkpoint has none.
+            if key in state_dict and name in placement.unset and _same(state_dict[key], current):
+                fresh.add(name)
+            elif key in state_dict:
                 state_dict[key] = as_state(state_dict[key], current)
+            if key in state_dict:
                 continue
             if current.is_meta or name in clips:
                 fresh.add(name)
@@ -121,7 +135,14 @@ def finish_load(module: nn.Module, _: Any) -> None:
     fresh = module.__dict__.pop("_analog_fresh", set())
     if isinstance(module, AnalogModule):
         module._reset(fresh)
+        renew_notes(module, module._analog.sites, module._analog.resolved)
         module._analog.unset.clear()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same memory; what this process holds of them, if in shards."""
+    storages = [shards.local(t).untyped_storage() for t in (first, second)]
+    return storages[0]._cdata == storages[1]._cdata
 
 
 def _blank(base: type[nn.Module], inherited: type[nn.Module] | None = None) -> nn.Module:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._guards import TracingContext
 
-from analogfx import held
+from analogfx import held, shards
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
-from analogfx.errors import CaptureError
-from analogfx.kernels import dispatch
+from analogfx.errors import CaptureError, PlacementError
+from analogfx.kernels import changes, dispatch
 from analogfx.modules import program as programs
 from analogfx.modules.capture import (
     TRACING,
@@ -23,12 +25,15 @@ from analogfx.modules.capture import (
     takes_constants,
 )
 from analogfx.modules.program import AnalogSite, Program, build, check_same_sites, other_sites
-from analogfx.modules.remember import fit_state, reset_state
+from analogfx.modules.remember import fit_state, renew_notes, reset_state
 from analogfx.ops.transforms import in_transform
 from analogfx.passes.contract import Decision
 from analogfx.passes.pipeline import Pass
 
 _placements = itertools.count()
+
+_warned_alone = False
+"""Whether this process was told that it trains its ranges alone among others."""
 
 _MANY = 32
 """Programs of one module that are probably one for every value of something."""
@@ -81,6 +86,8 @@ class Placement:
         self._late: dict[tuple[bool, Any], Program] = {}
         """Programs built on their first use, where Dynamo looks when that is in its trace."""
         self._readers: tuple[str, ...] = ()
+        self._steps: int | None = None
+        """Steps that optimizers had made when it first wrote its ranges in training."""
         self._read: list[Any] = []
 
     @property
@@ -140,13 +147,26 @@ class Placement:
             CaptureError: its forward would multiply by other parameters; nothing is changed.
         """
         with TRACING:
-            resolved = resolve(config)
+            now = self.resolved
+            resolved = replace(resolve(config), collects=now.collects, processes=now.processes)
             train, evaluate = self._built(module, resolved)
             before = self.sites
             if [(s.name, s.state) for s in before] != [(s.name, s.state) for s in train.sites]:
                 raise other_sites(before, train.sites)
             self.config, self.resolved = config, resolved
             self._take(module, train, evaluate)
+
+    def collect(
+        self, module: nn.Module, resolved: Resolved, train: Program, evaluate: Program
+    ) -> None:
+        """Take programs that note what training sees, or such that write its ranges.
+
+        Args:
+            resolved: what the programs were built for: the same scalars but for ``collects``.
+        """
+        self.resolved = resolved
+        self.adopt(module, train, evaluate)
+        renew_notes(module, self.sites, resolved)
 
     def watch(self, module: nn.Module) -> None:
         """Take the module's parameters, state included, for those that its programs are for."""
@@ -183,6 +203,7 @@ class Placement:
         ]
         if sizes[0] != sizes[1]:
             fit_state(module, before, train.sites, self.resolved)
+            renew_notes(module, train.sites, self.resolved)
         self.adopt(module, train, evaluate)
 
     def _reading(self, module: nn.Module) -> list[Any]:
@@ -279,9 +300,12 @@ class Placement:
         """Run the module's graph for its mode.
 
         Raises:
+            PlacementError: its parameters are cut for tensor parallelism.
             RuntimeError: under ``torch.func``, which cannot store what ranges learn from the data.
         """
         training = module.training
+        if training and self.resolved.has_state and not self.resolved.collects:
+            self._warn_if_alone()
         if training and self.resolved.has_state and in_transform():
             raise RuntimeError(
                 f"{self.name or type(module).__name__}: in training its input range follows the "
@@ -290,6 +314,8 @@ class Placement:
             )
         if self.unset or self._reading(module) != self._read:
             self.follow(module)
+        if shards.any_dtensor():
+            self._refuse_tensor_parallel(module)
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, training, pattern)
         holdings = held.of(self)
@@ -304,6 +330,34 @@ class Placement:
             return self._on_chip(module, program, holdings, args, kwargs)
         run = program.explicit if programs._explicit else program.fused
         return run(module, *args, **kwargs)
+
+    def _refuse_tensor_parallel(self, module: nn.Module) -> None:
+        """Refuse parameters that are in shards while the module runs."""
+        for path in self._readers:
+            for name, p in (_inside(module, path) if path else module)._parameters.items():
+                if p is not None and shards.is_sharded(p):
+                    raise PlacementError(
+                        f"{self.name or type(module).__name__}: {name} is a DTensor in the "
+                        "forward, as ColwiseParallel and RowwiseParallel make it: parallelize "
+                        "digital layers alone, or shard analog ones by fully_shard"
+                    )
+
+    def _warn_if_alone(self) -> None:
+        """Warn once a process if ranges follow its own data while others train beside it."""
+        global _warned_alone
+        if _warned_alone or torch.compiler.is_compiling() or shards.world_size() == 1:
+            return
+        if self._steps is None:
+            self._steps = changes.steps
+        elif changes.steps > self._steps:  # the second step
+            _warned_alone = True
+            warnings.warn(
+                f"{self.name or 'the model'} trains on {shards.world_size()} processes, and its "
+                "input range follows the data of this one: call "
+                "analogfx.prepare_training(optimizer, model) before training, so that all have "
+                "the same ranges",
+                stacklevel=6,
+            )
 
     def _on_chip(
         self, module: nn.Module, program: Program, holdings: Any, args: Any, kwargs: Any

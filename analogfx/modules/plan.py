@@ -115,7 +115,7 @@ def _place(
     seen = module if inherited is None else seen_as(module, inherited)
     try:
         train, evaluate = (
-            _program(plan, name, seen, chosen.resolved, training) for training in (True, False)
+            program_of(plan, name, seen, chosen.resolved, training) for training in (True, False)
         )
         check_same_sites(train, evaluate)
         _check_names(module, train)
@@ -248,7 +248,7 @@ def _leave_others(
 # --------------------------------------------------------------------------- sharing of graphs
 
 
-def _program(
+def program_of(
     plan: Plan, name: str, module: nn.Module, config: Resolved | None, training: bool
 ) -> Program:
     """The program of a module, shared with every module that looks alike."""
@@ -287,7 +287,7 @@ def _signature(module: nn.Module) -> Any:
     tensors = tuple((n, *_look(t)) for n, t in module.named_parameters()) + tuple(
         (n, *_look(t)) for n, t in module.named_buffers()
     )
-    private = nn.Module().__dict__.keys()
+    private = nn.Module().__dict__.keys() | {"_analog"}
     modules = tuple(
         (n, type(m), *((k, _constant(v)) for k, v in m.__dict__.items() if k not in private))
         for n, m in module.named_modules()  # a forward may read its children's attributes

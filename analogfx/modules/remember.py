@@ -7,10 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from analogfx import shards
 from analogfx.config import Resolved
 from analogfx.kernels import reference as ref
+from analogfx.kernels import seen
 from analogfx.modules.program import AnalogSite
-from analogfx.state import CLIP, VARIABLES
+from analogfx.modules.write_back import dense_weight
+from analogfx.state import CLIP, COUNT, VARIABLES
 
 
 def make_state(
@@ -33,7 +36,7 @@ def make_state(
                     device=weight.device,
                 )
                 if variable.initial is None:
-                    tensor.copy_(_first_clips(site, weight))
+                    tensor.copy_(_first_clips(site, dense_weight(module, site)))
                 else:
                     tensor.fill_(variable.initial(config))
                 if variable.trained is not None:
@@ -78,9 +81,23 @@ def reset_state(
                 if state is None or (only is not None and name not in only):
                     continue
                 if variable.initial is None:
-                    state.copy_(_first_clips(site, site.weight(module)))
+                    first = _first_clips(site, dense_weight(module, site))
+                    shards.local(state).copy_(shards.part_of(first, state))
                 else:
-                    state.fill_(variable.initial(config))
+                    shards.local(state).fill_(variable.initial(config))
+
+
+def renew_notes(module: nn.Module, sites: Sequence[AnalogSite], config: Resolved) -> None:
+    """Give sites empty notes of what training sees, if their config collects such; else none."""
+    for site in sites:
+        if config.collects:
+            count = getattr(module, site.state.of(COUNT))
+            setattr(module, site.state.seen, seen.nothing(len(site.in_sizes), count.device))
+            open_ = count.is_meta or bool((count < config.init_from_data).any())
+            setattr(module, site.state.initializes, torch.tensor(open_, device="cpu"))
+        else:
+            module.__dict__.pop(site.state.seen, None)
+            module.__dict__.pop(site.state.initializes, None)
 
 
 def clip_names(sites: Sequence[AnalogSite], config: Resolved) -> set[str]:

@@ -6,18 +6,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 
 
-def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:
-    """Every analog site of a model as it is now, as (module path, module, site)."""
+def analog_modules(model: nn.Module) -> Iterator[tuple[str, AnalogModule]]:
+    """Every analog module of a model by its path, its programs those for the module as it is."""
     for path, module in model.named_modules():
         if isinstance(module, AnalogModule):
             module._analog.follow(module)
-            for site in module._analog.sites:
-                yield path, module, site
+            yield path, module
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite]]:
+    """Every analog site of a model as it is now, as (module path, module, site)."""
+    for path, module in analog_modules(model):
+        for site in module._analog.sites:
+            yield path, module, site
 
 
 def required_sites(model: nn.Module) -> list[tuple[str, AnalogModule, AnalogSite]]:
@@ -34,10 +41,14 @@ def required_sites(model: nn.Module) -> list[tuple[str, AnalogModule, AnalogSite
     return found
 
 
+HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+"""Wrappers that keep the model inside as ``module``."""
+
+
 def unwrapped(model: Any) -> Any:
-    """The model inside what ``torch.compile`` and data-parallel wrappers made of it."""
+    """The model inside what ``torch.compile``, data-parallel wrappers and averages made of it."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, HOLDERS):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod

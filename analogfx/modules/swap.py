@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from analogfx.modules.analog_module import AnalogModule, analog_class, finish_load
 from analogfx.modules.placement import Placement
-from analogfx.modules.remember import forget_state, register_state
+from analogfx.modules.remember import forget_state, register_state, renew_notes
 
 
 def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -> None:
@@ -32,7 +33,9 @@ def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -
 
 def unswap(module: AnalogModule) -> None:
     """Make an analog module digital again in place."""
-    forget_state(module, module._analog.state_names())
+    placement = module._analog
+    renew_notes(module, placement.sites, replace(placement.resolved, collects=False))
+    forget_state(module, placement.state_names())
     hooks = module._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is finish_load]:
         del hooks[key]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from analogfx import shards
 from analogfx.errors import CaptureError
+from analogfx.kernels import changes
 from analogfx.modules.program import AnalogSite
 
 
@@ -48,6 +52,49 @@ def store_weight(module: nn.Module, site: AnalogSite, matrix: Tensor) -> None:
     origin = site.weight(_stand_in(site.name, index))
     values = matrix.flatten().to(weight.dtype)
     parameter.copy_(parameter.flatten().index_copy(0, origin.flatten(), values).view_as(parameter))
+
+
+def dense_weight(module: nn.Module, site: AnalogSite) -> Tensor:
+    """A site's weight as a whole, gathered where the module has a shard: every process must ask.
+
+    (O, I), or torch's layout of a convolution. Without a shard it shares the parameter's memory if
+    the site's own weight does.
+    """
+    weight = site.weight(module)
+    if not shards.is_sharded(weight):
+        return weight
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    if not site.rearranged:
+        return shards.whole(weight)
+    return site.weight(_stand_in(site.name, shards.whole(parameter_of(module, site).detach())))
+
+
+@contextmanager
+def gathered(module: nn.Module, site: AnalogSite) -> Iterator[nn.Module]:
+    """What to write a site's weight to: the module, or where that has a shard, a stand-in for it.
+
+    The stand-in has the parameter as a whole. What is written to it is written to the shard
+    afterwards. Every process must come here.
+
+    Raises:
+        CaptureError: the weight is computed from its parameter, so it cannot be written back.
+    """
+    parameter = parameter_of(module, site)
+    if not shards.is_sharded(parameter):
+        yield module
+        return
+    whole = nn.Parameter(shards.whole(parameter.detach()).clone(), requires_grad=False)
+    holder = nn.Module()
+    inner, (*path, name) = holder, site.name.split(".")
+    for step in path:
+        inner.add_module(step, nn.Module())
+        inner = inner.get_submodule(step)
+    inner.register_parameter(name, whole)
+    yield holder
+    with torch.no_grad():
+        shards.local(parameter).copy_(shards.part_of(whole.detach(), parameter))
+    changes.written((parameter,))
 
 
 def _stand_in(path: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analogfx.kernels import dispatch, noise
+from analogfx.kernels import dispatch, noise, seen
 from analogfx.kernels import reference as ref
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import decode
@@ -65,6 +65,29 @@ define(
 )
 
 keep_result(torch.ops.analogfx.update_range.default, LIBRARY)
+
+
+def _collect_range(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    state, (range_mode, groups, in_sizes, window, init, alpha, momentum), rest = (
+        args[:4],
+        args[4:11],
+        args[11:],
+    )
+    rule = seen.Rule(range_mode, init, alpha, momentum)
+    return seen.collect(x, seen.Ranges(*state), rule, groups, in_sizes, _window(window), *rest)
+
+
+# As update_range, where the step writes the ranges. Its leading arguments are the same.
+define(
+    "collect_range",
+    "Tensor x, Tensor input_range, Tensor count, Tensor x_min, Tensor x_max, str range_mode, "
+    "int groups, int[] in_sizes, str window, int init_from_data, float init_std_alpha, "
+    "float momentum, Tensor notes, Tensor initializes, str processes, bool shares",
+    "(Tensor, Tensor)",
+    _collect_range,
+    lambda x, *args: (torch.empty_like(args[2]), torch.empty_like(args[11])),
+)
+keep_result(torch.ops.analogfx.collect_range.default, LIBRARY)
 
 # What a parameter holds once an update is stored in it. Not read from the parameter: a compiled
 # checkpoint's backward would read what later calls have stored there.

@@ -28,6 +28,9 @@ STRIPS = 256
 UNTOUCHED = tl.constexpr(1.1e-5)
 """Bound below which running extremes have not been fed yet, as in the reference."""
 
+ABSURD = tl.constexpr(2.0**64)
+"""Bound from which on inputs set no range, as in the reference."""
+
 
 @triton.jit
 def strip_moments(
@@ -123,7 +126,7 @@ def new_range(
             else:
                 next_low = low * MOMENTUM + least * (1.0 - MOMENTUM)
                 next_high = high * MOMENTUM + most * (1.0 - MOMENTUM)
-            finite = (tl.abs(least) < float("inf")) & (tl.abs(most) < float("inf"))
+            finite = (tl.abs(least) < ABSURD) & (tl.abs(most) < ABSURD)
             low = tl.where(finite, tl.where(first, low + least, next_low), low)
             high = tl.where(finite, tl.where(first, high + most, next_high), high)
             r = tl.where(finite, tl.maximum(tl.abs(low), tl.abs(high)), r)
@@ -131,7 +134,7 @@ def new_range(
         else:
             std = tl.sqrt_rn(tl.math.div_rn(m2, count - 1.0))  # NaN for a single element
             mean_range = tl.math.div_rn(r * n.to(tl.float32) + ALPHA * std, n.to(tl.float32) + 1.0)
-            feeds = (std > 0) & (tl.abs(mean_range) < float("inf"))
+            feeds = (std > 0) & (std < ABSURD)
             fed += feeds.to(tl.int64)
             r = tl.abs(tl.where(feeds, mean_range, r))
     tl.store(p_new_range + tile, r)

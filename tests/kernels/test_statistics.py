@@ -185,13 +185,29 @@ def test_only_the_tile_that_saw_it_leaves_a_batch_out():
 def test_the_spread_of_patches_neither_overflows_nor_vanishes(size):
     torch.manual_seed(0)
     x = size * torch.randn(2, 3, 5, 5)
-    current = update(x, state(1), window=WINDOW)
     rows = patches.unfold(x.double(), WINDOW)
-    torch.testing.assert_close(current[0].double(), 2 * rows.std().view(1), rtol=1e-5, atol=0)
-    assert current[1] == 1
+    std = patches.std(x, WINDOW).double()
+    torch.testing.assert_close(std, rows.std(), rtol=1e-5, atol=0)
 
 
 def test_a_batch_whose_spread_is_beyond_float32_does_not_count():
     x = torch.tensor([[[3e38, -3e38], [3e38, -3e38]]]).expand(2, 1, 2, 2)
     current = update(x, state(1), window=WINDOW, alpha=10.0)
     assert current[1] == 0 and current[0] == 3.0
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["linear", "conv"])
+@pytest.mark.parametrize("mode", ["static", "fast"])
+@pytest.mark.parametrize("when", [0, 1])
+def test_an_absurd_batch_changes_nothing(when, mode, window):
+    """What a stage of a pipeline reads of uninitialised memory, say."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 5)
+    current = state(1)
+    for _ in range(when):
+        current = update(x, current, mode, window=window)
+    after = update(2e34 * x, current, mode, window=window)
+    for found, expected in zip(after, current, strict=True):
+        assert torch.equal(found, expected)
+    large = update(1e15 * x, current, mode, window=window)  # large, but its squares are numbers
+    assert large[1] == when + 1 and large[0] > 1e14

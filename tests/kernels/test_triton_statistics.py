@@ -65,5 +65,10 @@ def test_constant_inputs_are_not_counted_and_a_batch_with_nan_is_left_out():
     assert ours[0].isfinite().all()
     torch.testing.assert_close(ours[0].cpu(), torchs[0])
     assert ours[1].tolist() == torchs[1].tolist() == [0, 1]
+    for mode in ("static", "fast"):  # nor does one that no model makes
+        ours, torchs = both(
+            [torch.randn(5, 4) * torch.tensor([1.0, 1.0, 2e34, 2e34])], mode, (2, 2)
+        )
+        assert ours[1].tolist() == torchs[1].tolist() == [1, 0]
     ours, torchs = both([x], "static", (2, 2))
     assert ours[0].tolist() == torchs[0].tolist() == [3.0, 3.0]

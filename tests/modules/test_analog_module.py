@@ -399,3 +399,12 @@ def test_what_wraps_a_model_is_looked_through():
     model = nn.Linear(2, 2)
     wrapped = torch.compile(nn.DataParallel(torch.compile(model)))
     assert unwrapped(wrapped) is model and unwrapped(model) is model
+
+
+def test_deepspeeds_books_on_a_module_build_nothing_anew():
+    analog = analogfx.analogize(nn.Linear(4, 3), {"forward": {}})
+    programs = dict(analog._analog.programs)
+    analog.ds_grads_remaining = 3
+    assert analog._analog.programs == programs
+    analog.note = 3  # of any other attribute the forward may read
+    assert analog._analog.programs != programs

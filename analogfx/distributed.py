@@ -1,0 +1,335 @@
+"""Training on several processes: what all of them saw makes the ranges that all of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from analogfx import shards
+from analogfx.config import Resolved
+from analogfx.kernels import seen
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.collect import collect_statistics
+from analogfx.modules.program import AnalogSite
+from analogfx.modules.sites import required_sites, sites
+from analogfx.state import RANGES
+from analogfx.training import clip_after_step
+
+
+class Preparation:
+    """What :func:`prepare_training` did, until ``remove()``."""
+
+    def __init__(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
+        """See :func:`prepare_training`."""
+        self._model = model
+        self._handles = handles
+
+    def remove(self) -> None:
+        """End it: training writes its ranges in the forward again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        collect_statistics(self._model, on=False)
+
+
+def prepare_training(
+    optimizer: Optimizer, model: nn.Module, mesh_or_group: Any = None, exact: bool = True
+) -> Preparation:
+    """Let processes that train a model together have the same input ranges, and clip its weights.
+
+    Training forwards stop writing ranges; they note what they see. Before every step of the
+    optimizer the notes of all processes are added up, and set the ranges as one process would on
+    all their data; gradients of ranges that no wrapper has reduced are averaged; and the decay of
+    ranges is added once, whatever the loss is scaled by and however many backward passes there
+    were. One all-reduce does that for the whole model (a second one for the extremes of ranges in
+    fast mode). After the step weights are clipped, see :func:`analogfx.clip_weights`.
+
+    While ranges follow the data (the first ``init_from_data`` forwards), processes share what they
+    see in every forward, by a small all-reduce for each site, so that gradients are those of one
+    process on all the data, too. All processes must run the same modules in the same order for
+    that, or they wait for each other for ever: a mixture of experts does not. Without ``exact``
+    each clamps by what it has seen itself since the last step, and the gradients of these steps,
+    but not the ranges, differ a little from one process's.
+
+    With one process it does the same without communication, so that a loop is written once.
+
+    Args:
+        optimizer: any torch optimizer, or what accelerate made of one.
+        model: the analog model, in wrappers or not. Call this after ``DistributedDataParallel`` or
+            ``fully_shard``, and before the first training forward.
+        mesh_or_group: the data-parallel processes: a process group, or a ``DeviceMesh`` of which
+            all dimensions are data-parallel. None for all processes; with tensor or pipeline
+            parallelism pass the data-parallel part of the mesh.
+        exact: share what is seen in every forward while ranges follow the data.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: ``optimizer`` is no torch optimizer, ``model`` has no analog layer, or
+            ``mesh_or_group`` is neither a group nor a mesh.
+        ValueError: the optimizer holds none of the analog parameters.
+
+    Example:
+        >>> model = DistributedDataParallel(analogize(net, recipes.afm()))
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-4)
+        >>> prepare_training(optimizer, model)
+    """
+    optimizer = _inner(optimizer)
+    clipping = clip_after_step(optimizer, model)
+    try:
+        groups = _groups(mesh_or_group)
+        step = _Step(model, groups, exact)
+    except BaseException:
+        clipping.remove()
+        raise
+    names = ",".join(group.group_name for group in groups) if exact else ""
+    collect_statistics(model, on=True, processes=names)
+    handle = optimizer.register_step_pre_hook(lambda opt, *_: step.before(opt))
+    return Preparation(model, [handle, clipping])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """A model's trainable parameters in two groups for an optimizer, so that no range decays.
+
+    Weight decay shrinks an input range or a learned clip at every step, whatever the data.
+
+    Args:
+        model: analog or not, in wrappers or not.
+        weight_decay: of everything that is no range and no learned clip.
+
+    Returns:
+        A group of the other parameters with the weight decay given, and one of ranges and clips
+        with none; groups without parameters are left out.
+    """
+    ours = set(map(id, _own_parameters(model)))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in ours], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in ours], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def fully_shard_policy(module: nn.Module) -> dict[str, Any]:
+    """Arguments of ``fully_shard`` that leave ranges and learned clips out of a unit, in float32.
+
+    A range is a number or a few. Inside a unit it is cut into shards of which all but one are
+    empty, and ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)`` rounds it to 8 bits. Outside,
+    every process holds it, and :func:`prepare_training` averages its gradient.
+
+    Args:
+        module: the module that is to be a unit, already analog and on its device.
+
+    Example:
+        >>> for block in model.blocks:
+        ...     fully_shard(block, mesh=mesh, mp_policy=policy, **fully_shard_policy(block))
+        >>> fully_shard(model, mesh=mesh, mp_policy=policy, **fully_shard_policy(model))
+    """
+    return {"ignored_params": set(_own_parameters(module))}
+
+
+def _own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Ranges and learned clips."""
+    for module in model.modules():
+        if isinstance(module, AnalogModule):
+            for name in module._analog.state_names():
+                parameter = module._parameters.get(name)
+                if parameter is not None:
+                    yield parameter
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside of a wrapper that is one by name only, as accelerate's."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _groups(mesh_or_group: Any) -> list[Any]:
+    """The process groups to sum over, one after the other; none for a single process."""
+    dist = torch.distributed
+    if shards.world_size() == 1:
+        return []
+    if mesh_or_group is None:
+        return [dist.group.WORLD]
+    if isinstance(mesh_or_group, dist.ProcessGroup):
+        groups = [mesh_or_group]
+    elif hasattr(mesh_or_group, "get_all_groups"):
+        groups = mesh_or_group.get_all_groups()
+    else:
+        raise TypeError(
+            "prepare_training() takes a ProcessGroup or a DeviceMesh of data-parallel processes, "
+            f"found {type(mesh_or_group).__name__}"
+        )
+    return [group for group in groups if dist.get_world_size(group) > 1]
+
+
+# ------------------------------------------------------------------------------ before the step
+
+
+@dataclass
+class _Lot:
+    """Sites of one config, whose tiles are computed together."""
+
+    config: Resolved
+    sites: list[tuple[AnalogModule, AnalogSite]]
+
+    def state(self, number: int) -> list[Tensor]:
+        """One of the ranges and their statistics, for every site."""
+        return [getattr(m, s.state.of(RANGES[number])) for m, s in self.sites]
+
+    def notes(self) -> list[Tensor]:
+        return [getattr(m, s.state.seen) for m, s in self.sites]
+
+
+class _Step:
+    """What happens before a step of the optimizer."""
+
+    def __init__(self, model: nn.Module, groups: list[Any], exact: bool) -> None:
+        self.model = model
+        self.exact = exact
+        self.groups = groups
+        self.processes = 1
+        for group in groups:
+            self.processes *= torch.distributed.get_world_size(group)
+        required_sites(model)
+        self._parts: dict[Any, Tensor] = {}
+
+    @torch.no_grad()
+    def before(self, optimizer: Optimizer) -> None:
+        """Gather what all processes saw, set the ranges, and complete their gradients."""
+        lots = self._lots()
+        notes = [torch.cat(lot.notes()) for lot in lots]
+        if self.groups:
+            notes = self._gathered(lots, notes)
+        scale = getattr(optimizer, "grad_scale", None)  # of gradients that are not unscaled yet
+        for lot, seen_by_all in zip(lots, notes, strict=True):
+            self._commit(lot, seen_by_all)
+            if lot.config.learns_by_share:
+                self._decay(lot, seen_by_all, scale)
+            for noted in lot.notes():
+                seen.forget_(noted)
+
+    def _lots(self) -> list[_Lot]:
+        """The sites that note what they see, by config, device and precision."""
+        found: dict[Any, _Lot] = {}
+        for _, module, site in sites(self.model):
+            if module._analog.resolved.collects:
+                config, low = module._analog.resolved, getattr(module, site.state.ranges()[2])
+                lot = found.setdefault((config, low.device, low.dtype), _Lot(config, []))
+                lot.sites.append((module, site))
+        return list(found.values())
+
+    def _gathered(self, lots: list[_Lot], notes: list[Tensor]) -> list[Tensor]:
+        """The notes of all processes; gradients of ranges that each holds alone are averaged."""
+        ours = dict.fromkeys(_own_parameters(self.model))
+        dense = [p for p in ours if p.requires_grad and not shards.is_sharded(p)]
+        if not notes and not dense:
+            return notes
+        device = [*notes, *dense][0].device
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
+        has = torch.tensor([p.grad is not None for p in dense], dtype=torch.float64)
+        pieces = [seen.summands(n).flatten() for n in notes] + [g.flatten() for g in gradients]
+        stacked = torch.cat([piece.to(device, torch.float64) for piece in [*pieces, has]])
+        shards.all_reduce(stacked, self.groups)
+        sums = stacked.split([piece.numel() for piece in [*pieces, has]])
+        self._store_gradients(dense, sums[len(notes) : -1], sums[-1])
+
+        rows = [total.to(n.device).view(len(n), -1) for n, total in zip(notes, sums, strict=False)]
+        if self.exact:  # the rest of the notes was seen by all at once
+            return [seen.with_inputs_of(n, row) for n, row in zip(notes, rows, strict=True)]
+        extremes = [torch.stack((-n[:, seen.LOW], n[:, seen.HIGH])).flatten() for n in notes]
+        if any(lot.config.range_mode == "fast" for lot in lots):
+            together = torch.cat([e.to(device) for e in extremes])
+            shards.all_reduce(together, self.groups, largest=True)
+            extremes = list(together.split([e.numel() for e in extremes]))
+        gathered = []
+        for row, most in zip(rows, extremes, strict=True):
+            minus_low, high = most.to(row.device).view(2, -1)
+            gathered.append(seen.of_all(row, -minus_low, high))
+        return gathered
+
+    def _store_gradients(
+        self, parameters: list[nn.Parameter], sums: tuple[Tensor, ...], has: Tensor
+    ) -> None:
+        for p, total, count in zip(parameters, sums, has.tolist(), strict=True):
+            if not count:
+                continue
+            mean = (total / self.processes).to(p.device, p.dtype).view_as(p)
+            if p.grad is None:
+                p.grad = mean
+            else:
+                p.grad.copy_(mean)
+
+    def _commit(self, lot: _Lot, notes: Tensor) -> None:
+        """Write the state of a lot: buffers whole, of parameters the part that is held here."""
+        config = lot.config
+        rule = seen.Rule(
+            config.range_mode, config.init_from_data, config.init_std_alpha, config.momentum
+        )
+        parameters, *buffers = (lot.state(number) for number in range(len(RANGES)))
+        held, at = self._held(parameters)
+        count, x_min, x_max = map(torch.cat, buffers)
+        state = seen.Ranges(torch.cat(held), count[at], x_min[at], x_max[at])
+        new_range = seen.updated(state, rule, notes[at]).input_range
+        whole = seen.updated(seen.Ranges(x_min, count, x_min, x_max), rule, notes)
+        _store(held, new_range)
+        self._close(lot, whole.count)
+        for old, new in zip(buffers, (whole.count, whole.x_min, whole.x_max), strict=True):
+            _store(old, new)
+
+    def _close(self, lot: _Lot, count: Tensor) -> None:
+        """Tell forwards which ranges are set, while there are such that are not."""
+        flags = [getattr(m, s.state.initializes) for m, s in lot.sites]
+        if not any(flags):
+            return
+        open_ = (count < lot.config.init_from_data).cpu()
+        tiles = [len(s.in_sizes) for _, s in lot.sites]
+        for flag, its in zip(flags, open_.split(tiles), strict=True):
+            flag.fill_(bool(its.any()))
+
+    def _decay(self, lot: _Lot, notes: Tensor, scale: Tensor | None) -> None:
+        """Add to the gradients what shrinks ranges while few of all inputs are saturated."""
+        trained = [(m, s) for m, s in lot.sites]
+        parameters = [getattr(m, s.state.input_range) for m, s in trained]
+        held, at = self._held(parameters)
+        share = notes[at, seen.BEYOND] / notes[at, seen.INPUTS]  # NaN where nothing was seen
+        shrinks = 1 - share > lot.config.input_min_percentage
+        decay = lot.config.decay * torch.cat(held) * shrinks
+        if scale is not None:
+            decay = decay * scale.to(decay.device)
+        parts = decay.split([h.numel() for h in held])
+        for parameter, part in zip(parameters, parts, strict=True):
+            if parameter.grad is not None and part.numel():
+                shards.local(parameter.grad).add_(part.to(parameter.grad.dtype))
+
+    def _held(self, parameters: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The parts of parameters that this process holds, and which tiles of the lot they are."""
+        held = [shards.local(p) for p in parameters]
+        numbers, first = [], 0
+        for p, part in zip(parameters, held, strict=True):
+            numbers.append(self._tiles(p, part) + first)
+            first += p.numel()
+        return held, torch.cat(numbers)
+
+    def _tiles(self, parameter: Tensor, held: Tensor) -> Tensor:
+        spec: Any = parameter
+        cut = (spec.device_mesh, spec.placements) if shards.is_sharded(parameter) else None
+        key = (parameter.numel(), held.device, cut)
+        if key not in self._parts:
+            tiles = torch.arange(parameter.numel(), device=held.device)
+            self._parts[key] = shards.part_of(tiles, parameter)
+        return self._parts[key]
+
+
+def _store(places: list[Tensor], values: Tensor) -> None:
+    """Write values to tensors, one after the other."""
+    parts = list(values.split([p.numel() for p in places]))
+    torch._foreach_copy_(places, parts)

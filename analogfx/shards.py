@@ -1,0 +1,74 @@
+"""Parameters of which a process holds a part: torch's DTensors, as FSDP2 and others make them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def any_dtensor() -> bool:
+    """Whether there may be a DTensor at all."""
+    return "torch.distributed.tensor" in sys.modules
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Loads nothing where no DTensor was ever made."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory; a dense tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered: every process of its mesh must ask. A dense tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """The part of a dense value that this process would hold, were it cut as another tensor is.
+
+    Every process has the whole value, so that nothing is sent.
+    """
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spec: Any = like
+    replicated = [Replicate()] * spec.device_mesh.ndim
+    whole_value = DTensor.from_local(value, spec.device_mesh, replicated, run_check=False)
+    return whole_value.redistribute(placements=spec.placements).to_local()
+
+
+def cut_by_rows(tensor: Tensor) -> bool:
+    """Whether a sharded tensor is cut along its first dimension alone, or not at all."""
+    spec: Any = tensor
+    return all(p.is_replicate() or p.is_shard(0) for p in spec.placements)
+
+
+def shard_groups(tensor: Tensor) -> list[Any]:
+    """The process groups whose members hold the parts of a tensor, one for each way it is cut."""
+    spec: Any = tensor
+    cut = [dim for dim, p in enumerate(spec.placements) if not p.is_replicate()]
+    return [spec.device_mesh.get_group(dim) for dim in cut]
+
+
+def all_reduce(values: Tensor, groups: list[Any], largest: bool = False) -> Tensor:
+    """The sum (or the largest) of values over groups of processes, one group after the other."""
+    import torch.distributed as dist
+
+    for group in groups:
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        dist.all_reduce(values, op=op, group=group)
+    return values
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without torch.distributed."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,364 @@
+"""What two processes do together, each case a function of its rank and of a folder both see.
+
+Numbers are compared with those of one process that sees the data of both, in float64.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_models import (
+    WRAPPERS,
+    batch,
+    checkpointed,
+    close,
+    config,
+    joint,
+    mesh,
+    net,
+    one_process,
+    prepared,
+    same_everywhere,
+    sharded,
+    state,
+    train,
+)
+from processes import gathered
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import analogfx
+from analogfx.errors import CheckpointError, PlacementError
+from analogfx.kernels import changes, dispatch
+
+STEPS = 5
+
+
+@functools.cache
+def reference(init, accumulate):
+    return one_process(config(init), map(joint, range(STEPS * accumulate)), accumulate)
+
+
+def as_one_process(rank, folder, wrapper, init, checkpoint, accumulate, order="analog first"):
+    made = config(init)
+    numbers = range(STEPS * accumulate)
+    expected, losses, gradients = reference(init, accumulate)
+    if order == "analog first":
+        model = analogfx.analogize(net(), made)
+        model = WRAPPERS[wrapper](checkpointed(model) if checkpoint else model)
+    else:
+        model = WRAPPERS[wrapper](net())
+        model = analogfx.analogize(model, made, inplace=True)
+    batches = (batch(rank, number) for number in numbers)
+    own, found = train(model, prepared(model), batches, accumulate)
+    same_everywhere(model)
+    close(state(model), expected)
+    if order == "analog first" or accumulate == 1:
+        close(found, gradients)
+    dist.all_reduce(own)
+    torch.testing.assert_close(own / 2, losses, rtol=1e-9, atol=0)
+
+
+CASES = {}
+for _wrapper, _init, _checkpoint, _accumulate in itertools.product(
+    WRAPPERS, (0, 3), (False, True), (1, 3)
+):
+    _name = f"{_wrapper}, {_init} batches for ranges, {_accumulate} in a step"
+    _name += ", checkpointed" * _checkpoint
+    CASES[_name] = functools.partial(
+        as_one_process, wrapper=_wrapper, init=_init, checkpoint=_checkpoint, accumulate=_accumulate
+    )
+for _init in (0, 3):
+    CASES[f"sharded first, {_init} batches for ranges"] = functools.partial(
+        as_one_process, wrapper="fsdp", init=_init, checkpoint=False, accumulate=1,
+        order="sharded first",
+    )  # fmt: skip
+KINDS = {
+    "fast": {"fast_mode": True},
+    "fast with momentum": {"fast_mode": True, "act_range_momentum": 0.5},
+    "frozen": {"learn_input_range": False},
+}
+for _kind, _ranges in KINDS.items():
+
+    def _of_kind(rank, folder, ranges=_ranges):
+        made = config(3, **ranges)
+        expected, _, _ = one_process(made, map(joint, range(STEPS)))
+        for wrapper in ("ddp", "fsdp"):
+            model = WRAPPERS[wrapper](analogfx.analogize(net(), made))
+            train(model, prepared(model), (batch(rank, number) for number in range(STEPS)))
+            same_everywhere(model)
+            close(state(model), expected)
+
+    CASES[f"{_kind} ranges"] = _of_kind
+
+
+def case(name):
+    def add(function):
+        CASES[name] = function
+        return function
+
+    return add
+
+
+def _note(seen, name, module, args):
+    seen[name] = args[0].detach()
+
+
+@case("the first step's ranges are those of the inputs of all ranks")
+def first_step(rank, folder):
+    for exact in (True, False):
+        model = analogfx.analogize(net(), config(3, learn_input_range=False, init_std_alpha=2.5))
+        seen = {}
+        for name, module in model.named_modules():
+            if hasattr(module, "input_range"):
+                module.register_forward_pre_hook(functools.partial(_note, seen, name))
+        wrapped = DistributedDataParallel(model)
+        train(wrapped, prepared(wrapped, exact=exact), [batch(rank, 0)])
+        same_everywhere(model)
+        for name, x in seen.items():
+            tiles = torch.cat(gathered(x)).tensor_split(2 if x.shape[1] > 20 else 1, dim=1)
+            expected = torch.stack([2.5 * tile.std() for tile in tiles])
+            torch.testing.assert_close(model.get_submodule(name).input_range.detach(), expected)
+
+
+@case("a mixed-precision policy leaves ranges outside of units in float32")
+def ranges_in_float32(rank, folder):
+    model = analogfx.analogize(net(dtype=torch.float32), config(3))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded(model, policy=True, mp_policy=policy)
+    seen, forward = [], dispatch.forward
+
+    def spy(op, x, weight, bias, input_range, *rest):
+        seen.append((weight.dtype, input_range.dtype))
+        return forward(op, x, weight, bias, input_range, *rest)
+
+    dispatch.forward = spy
+    try:
+        batches = (batch(rank, number, torch.float32) for number in range(STEPS))
+        losses, _ = train(model, prepared(model), batches)
+    finally:
+        dispatch.forward = forward
+    assert losses.isfinite().all()
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert model.inp.input_range.dtype == torch.float32
+    same_everywhere(model)
+    expected = torch.stack([2.5 * joint(number)[0].std() for number in range(3)])
+    assert model.inp.input_range_update_idx.tolist() == [3]
+    assert 0.5 < model.inp.input_range.item() / expected.mean().item() < 1.5
+
+
+@case("a loop that forgets the hook is told so at the second step, once")
+def forgotten(rank, folder):
+    model = DistributedDataParallel(analogfx.analogize(net(), config()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    train(model, optimizer, [batch(rank, 0)])
+    with pytest.warns(UserWarning, match=r"trains on 2 processes.*prepare_training") as found:
+        train(model, optimizer, [batch(rank, number) for number in range(1, 4)])
+    assert len(found) == 1
+
+
+# ------------------------------------------------------------------------------------- shards
+
+CLIPS = ("LayerGaussian", "LayerGaussianPerChannel", "LearnablePerChannel")
+
+
+def tied_net():
+    model = net()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    return model
+
+
+@case("weights in shards are clipped as dense ones are, tied ones once")
+def clips(rank, folder):
+    for clip in CLIPS[:2]:
+        dense = analogfx.analogize(tied_net(), config(clip=clip))
+        model = analogfx.analogize(tied_net(), config(clip=clip))
+        fully_shard(model, mesh=mesh())  # a unit of its own for each block would break the tie
+        before = state(model)
+        analogfx.clip_weights(dense)
+        analogfx.clip_weights(model)
+        after = state(model)
+        close(after, state(dense))
+        assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+@case("a weight cut along its inputs is clipped as a dense one is")
+def clipped_columns(rank, folder):
+    for clip in CLIPS[:2]:
+        dense = analogfx.analogize(net(), config(clip=clip))
+        model = analogfx.analogize(net(), config(clip=clip))
+        fully_shard(model, mesh=mesh(), shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        analogfx.clip_weights(dense)
+        analogfx.clip_weights(model)
+        close(state(model), state(dense))
+
+
+@case("save, program, programmed and quantize_weights gather weights that are in shards")
+def verbs(rank, folder):
+    x, _ = joint(0)
+    for clip in CLIPS:
+        made = config(0, clip=clip) | {
+            "modifier": {"quantization_type": "DiscretizePerChannel", "res": 14}
+        }
+        dense = analogfx.analogize(net(), made).eval()
+        model = sharded(analogfx.analogize(net(), made), policy=clip == CLIPS[0]).eval()
+        report = str(analogfx.report(model))
+        assert report.count("analog") >= 6
+        analogfx.save(model, folder / clip)
+        loaded = analogfx.load(net(seed=1), folder / clip).eval()
+        close(state(loaded), state(dense))
+        with torch.no_grad():
+            expected = dense(x)
+            assert torch.equal(model(x), expected)
+            noise_model = analogfx.chip.PCMLikeNoiseModel()
+            chips = [analogfx.program(m, noise_model, seed=3) for m in (dense, model)]
+            on_chip = []
+            for chip, analog in zip(chips, (dense, model), strict=True):
+                with chip.at(60.0):
+                    on_chip.append(analog(x))
+            assert torch.equal(*on_chip)
+            assert not torch.equal(on_chip[0], expected)
+            with (
+                analogfx.programmed(dense, std_dev=0.1, seed=0),
+                analogfx.programmed(model, std_dev=0.1, seed=0),
+            ):
+                assert torch.equal(model(x), dense(x))
+                assert not torch.equal(model(x), expected)
+            assert torch.equal(model(x), expected)
+        analogfx.quantize_weights(dense)
+        analogfx.quantize_weights(model)
+        close(state(model), state(dense))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), dense(x))
+
+
+@case("to_digital needs ranges outside of units")
+def back(rank, folder):
+    x, _ = joint(0)
+    model = sharded(analogfx.analogize(net(), config(clip=CLIPS[2])))
+    with pytest.raises(PlacementError, match=r"inp[.]input_range.*fully_shard_policy"):
+        analogfx.to_digital(model, inplace=True)
+    model = sharded(analogfx.analogize(net(), config(clip=CLIPS[2])), policy=True)
+    digital = analogfx.to_digital(model, inplace=True)
+    with torch.no_grad():
+        torch.testing.assert_close(digital(x), net()(x))
+
+
+@case("load names what to do with a model in shards")
+def load_in_shards(rank, folder):
+    analogfx.save(sharded(analogfx.analogize(net(), config())), folder)
+    with pytest.raises(CheckpointError, match=r"in shards.*torch[.]distributed[.]checkpoint"):
+        analogfx.load(sharded(net()), folder)
+
+
+@case("a save that fails on the first process fails on all")
+def failed_save(rank, folder):
+    (folder / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        analogfx.save(sharded(analogfx.analogize(net(), config())), folder / "file")
+
+
+@case("weights that are gathered anew are not taken for those before")
+def gathered_anew(rank, folder):
+    model = analogfx.analogize(torch.nn.Sequential(torch.nn.Linear(64, 64)), config(0))
+    fully_shard(model[0], mesh=mesh())
+    stamps = []
+    model[0].register_forward_pre_hook(
+        lambda module, args: stamps.append(
+            (changes.stamp(module.weight), changes.unchanged(module.weight, stamps[-1][0]))
+            if stamps
+            else (changes.stamp(module.weight), None)
+        )
+    )
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        for value in range(4):
+            model[0].reshard()
+            model[0].weight.to_local().fill_(value)
+            model(x)
+    # The hook sees what is forced here: the same tensor, at the same address, uncounted by torch.
+    assert [unchanged for _, unchanged in stamps[1:]] == [False] * 3
+
+
+@case("a model on meta is sharded, allocated and loaded, learned clips from its weights")
+def from_meta(rank, folder):
+    for clip in (CLIPS[0], CLIPS[2]):
+        made = config(0, clip=clip)
+        with torch.device("meta"):
+            model = net()
+        model = sharded(analogfx.analogize(model, made, inplace=True))
+        optimizer = prepared(model)
+        model.to_empty(device="cpu")
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model, net().state_dict(), options=options)
+        close(state(model), state(analogfx.analogize(net(), made)))
+        train(model, optimizer, [batch(rank, number) for number in range(2)])
+        same_everywhere(model)
+
+
+@case("a checkpoint of two processes loads in one")
+def other_world(rank, folder):
+    model = sharded(analogfx.analogize(net(), config(2)))
+    train(model, prepared(model), [batch(rank, number) for number in range(4)])
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "dcp")
+    dist.barrier()
+    single = analogfx.analogize(net(seed=1), config(2))
+    loaded = {"model": single.state_dict()}
+    dcp.load(loaded, checkpoint_id=folder / "dcp", no_dist=True)
+    single.load_state_dict(loaded["model"])
+    close(state(single), state(model))
+    again = sharded(analogfx.analogize(net(seed=1), config(2)))
+    loaded = {"model": get_model_state_dict(again)}
+    dcp.load(loaded, checkpoint_id=folder / "dcp")
+    set_model_state_dict(again, loaded["model"])
+    close(state(again), state(model))
+
+
+@case("sharded first, learned clips start from the whole weights")
+def sharded_first_clips(rank, folder):
+    model = analogfx.analogize(sharded(net()), config(0, clip=CLIPS[2]), inplace=True)
+    close(state(model), state(analogfx.analogize(net(), config(0, clip=CLIPS[2]))))
+    expected, _, _ = one_process(config(0, clip=CLIPS[2]), map(joint, range(STEPS)))
+    train(model, prepared(model), (batch(rank, number) for number in range(STEPS)))
+    same_everywhere(model)
+    close(state(model), expected)
+
+
+@case("ZeroRedundancyOptimizer")
+def zero(rank, folder):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns that torch.jit is old
+
+    expected, _, _ = one_process(config(), map(joint, range(STEPS)))
+    model = DistributedDataParallel(analogfx.analogize(net(), config()))
+    optimizer = ZeroRedundancyOptimizer(
+        analogfx.parameter_groups(model, 0.01),
+        optimizer_class=torch.optim.SGD, lr=0.05, momentum=0.5,
+    )  # fmt: skip
+    analogfx.prepare_training(optimizer, model)
+    train(model, optimizer, (batch(rank, number) for number in range(STEPS)))
+    same_everywhere(model)
+    close(state(model), expected)
+
+
+@case("layers cut for tensor parallelism are refused by name")
+def tensor_parallel(rank, folder):
+    model = analogfx.analogize(net(), config())
+    block = parallelize_module(
+        model.blocks[0], mesh(), {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
+    with pytest.raises(PlacementError, match=r"blocks[.]0[.]up.*DTensor.*fully_shard"):
+        block(torch.randn(2, 16, dtype=torch.float64))
