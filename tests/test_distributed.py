@@ -8,6 +8,7 @@ from samples import CONFIGS, LAYERS, clip, layer_and_input, merged, mlp, ranged
 from torch import nn
 
 import analogfx
+from analogfx.errors import PlacementError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,3 +195,20 @@ def test_it_names_what_it_cannot_use():
     with pytest.raises(ValueError, match="holds no parameter"):
         analogfx.prepare_training(other, model)
     assert not model._analog.resolved.collects
+
+
+def test_experts_are_refused_by_name():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x):
+            return torch.bmm(x, self.weight)
+
+    analog = analogfx.analogize(
+        nn.ModuleDict({"experts": Experts()}), {"pre_post": {"input_range": {"enable": True}}}
+    )
+    optimizer = torch.optim.SGD(analog.parameters(), lr=0.1)
+    with pytest.raises(PlacementError, match=r"^experts: the ranges of experts"):
+        analogfx.prepare_training(optimizer, analog)

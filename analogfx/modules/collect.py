@@ -50,6 +50,6 @@ def _check(path: str, module: AnalogModule) -> None:
     if placement.resolved.has_state and any(site.experts for site in placement.sites):
         raise PlacementError(
             f"{path or type(module).__name__}: the ranges of experts are written in every forward, "
-            "so prepare_training() cannot keep them equal on several processes. Give these layers a "
+            "so prepare_training() cannot keep them equal on several processes. Give this layer a "
             "config without an input range, or train in one process with clip_after_step()"
         )
