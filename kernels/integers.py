@@ -52,6 +52,13 @@ def depth(spec: MVMSpec) -> int:
     return found if found >= min(_SHORTEST, *spec.in_sizes) else 0
 
 
+def largest_of(spec: MVMSpec) -> int:
+    """The largest code that a site multiplies, of its inputs or weights; 0 if it does not."""
+    if not depth(spec):
+        return 0
+    return max(largest(states(spec.inp_res)), largest(spec.weight_states))
+
+
 def widest_row(spec: MVMSpec) -> int:
     """Sum of a row's magnitudes, in codes of its weights, up to which no sum passes 2**24."""
     return _EXACT // largest(states(spec.inp_res))
