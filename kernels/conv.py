@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from analogfx.kernels import linear, noise, patches
+from analogfx.kernels import integers, linear, noise, patches
 from analogfx.kernels import reference as ref
 from analogfx.kernels.linear import Gradients
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
-from analogfx.kernels.weights import maxima, modified_weight
+from analogfx.kernels.weights import maxima, modified_weight, summed_at_once
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -45,23 +45,51 @@ def clipped_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> l
 
 
 def convolve(
-    x: Tensor, weight: Tensor, window: Window, groups: int, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    window: Window,
+    groups: int,
+    bias: Tensor | None = None,
+    depth: int = 0,
 ) -> Tensor:
-    """torch's convolution, for any number of axes."""
+    """torch's convolution, for any number of axes.
+
+    Args:
+        depth: for codes, how many products their dtype sums exactly, see ``kernels.integers``.
+    """
+    if depth and weight[0].numel() > depth and x.dtype != torch.float64:
+        return _convolve_in_parts(x, weight, window, groups, depth)
     zeros = [0] * len(window.stride)
     return torch.convolution(
         x, weight, bias, window.stride, window.padding, window.dilation, False, zeros, groups
     )
 
 
+def _convolve_in_parts(
+    x: Tensor, weight: Tensor, window: Window, groups: int, depth: int
+) -> Tensor:
+    """The exact sum of products of codes that are too many for one convolution."""
+    channels, taps = weight.shape[1], weight[0, 0].numel()
+    if taps > depth:
+        return convolve(x.double(), weight.double(), window, groups).to(x.dtype)
+    by_group = x.unflatten(1, (groups, channels))
+    spans = list(integers.parts(channels, depth // taps))
+    total = None
+    for s in spans:
+        part = convolve(by_group[:, :, s].flatten(1, 2), weight[:, s], window, groups)
+        total = part.double() if total is None else total.add_(part)
+    assert total is not None
+    return total.to(x.dtype)
+
+
 def _analog_weight(
-    weight: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec
+    weight: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec, codes: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel as the tile holds it, and the maximum of each output channel."""
     matrix = _matrix(weight)
     rows = spec._replace(groups=1)  # the rows of all groups are one matrix
     peaks = maxima(matrix, clip, rows)
-    modified = modified_weight(matrix, clip, seed, peaks, rows)
+    modified = modified_weight(matrix, clip, seed, peaks, rows, codes)
     peak = None if peaks is None else _per_channel(peaks[0], weight.dim() - 2)
     return modified.view(weight.shape), peak
 
@@ -101,10 +129,13 @@ def forward(
     """
     dims = x.dim() - 2
     r = None if input_range is None else input_range[0]
-    modified, peak = _analog_weight(weight, clip, seed, spec)
+    codes = integers.depth(spec) > 0
+    modified, peak = _analog_weight(weight, clip, seed, spec, codes)
+    depth = summed_at_once(_matrix(modified), spec) if codes else 0
     bias = None if bias is None else ref.wide(bias)
     inner, outer = (bias, None) if spec.ends_with_product else (None, bias)
-    y = convolve(linear.converted(x, r, spec), modified, window, spec.groups, inner)
+    analog_x = linear.converted(x, r, spec, codes)
+    y = convolve(analog_x, modified, window, spec.groups, inner, depth)
     y = laid_out(y, x)
     y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
     clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -144,7 +175,7 @@ def backward(
     analog_x = linear.converted(x, r, spec)
     if spec.out_bound and g.numel():
         if not linear.is_kept(clipped):
-            y = convolve(analog_x, modified, window, spec.groups)
+            y = _product_again(x, weight, clip, analog_x, modified, r, window, spec)
             y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
             assert bound is not None
             clipped = y.abs() > bound
@@ -182,6 +213,25 @@ def backward(
     if need_w:
         out = out._replace(weight=laid_out(grad_w.to(weight.dtype), weight))
     return out
+
+
+def _product_again(
+    x: Tensor,
+    weight: Tensor,
+    clip: Tensor | None,
+    analog_x: Tensor,
+    modified: Tensor,
+    r: Tensor | None,
+    window: Window,
+    spec: MVMSpec,
+) -> Tensor:
+    """The product of the forward: of codes where the site multiplies codes."""
+    depth = integers.depth(spec)
+    if not depth:
+        return convolve(analog_x, modified, window, spec.groups)
+    codes, _ = _analog_weight(weight, clip, None, spec, codes=True)
+    analog_x = linear.converted(x, r, spec, codes=True)
+    return convolve(analog_x, codes, window, spec.groups, None, depth)
 
 
 def _range_grad(

@@ -38,6 +38,11 @@ def asked_for(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> tuple[Tenso
     return exact.detach().clone(), peaks if spec.out_bound else None
 
 
+def _of_floats(spec: MVMSpec) -> MVMSpec:
+    """The spec of a product with what a chip holds, which is no code, whatever it was to be."""
+    return spec._replace(weight_states=0.0)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -60,6 +65,7 @@ def linear(
     Returns:
         (..., O) of x's dtype.
     """
+    spec = _of_floats(spec)
     rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
     w = grouped(weight, spec.groups, 0)
     total = None
@@ -139,6 +145,7 @@ def conv(
     Returns:
         (B, O, *out) of x's dtype.
     """
+    spec = _of_floats(spec)
     axes = (-1, *[1] * (x.dim() - 2))
     r = None if input_range is None else input_range[0]
     y = image.convolve(plain.converted(x, r, spec), weight, window, spec.groups)

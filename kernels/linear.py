@@ -6,6 +6,9 @@ Forward, for tile t of k along the inputs (NUMERICS of AIHWKIT-Lightning, ``Torc
     w_t = noise(quantise(clip(W[:, t])))
     y   = sum_t clamp(ADC(x_t w_t^T + output noise), +-B_t) + bias
 
+Where the ADC's codes are a function of integers (:mod:`analogfx.kernels.integers`) the forward
+multiplies the codes of x_t and w_t, and takes the ADC's from their exact sum.
+
 Backward: straight through every rounding and noise, 0 where an ADC or a range clamped; the
 weights receive g^T x_t. Everything is computed in float32 for half precision data and rounded
 once at the end.
@@ -22,16 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analogfx.kernels import noise
+from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import (
+    code_scale,
     grouped,
     is_modified,
     maxima,
     modified_weight,
     scale,
+    summed_at_once,
     tiles,
 )
 
@@ -76,8 +81,18 @@ def keeps_weight(weight: Tensor, spec: MVMSpec) -> bool:
     return bool(spec.keep and spec.noise_std) and weight.device.type == "cpu"
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T, for each group where there is a group axis: (N, O) or (N, groups, O / groups)."""
+def product(x: Tensor, w: Tensor, depth: int = 0) -> Tensor:
+    """x w^T, for each group where there is a group axis: (N, O) or (N, groups, O / groups).
+
+    Args:
+        depth: for codes, how many products their dtype sums exactly, see ``kernels.integers``.
+    """
+    if depth and x.shape[-1] > depth and x.dtype != torch.float64:
+        spans = list(integers.parts(x.shape[-1], depth))
+        total = product(x[..., spans[0]], w[..., spans[0]]).double()  # and so keeps NaN
+        for s in spans[1:]:
+            total.add_(product(x[..., s], w[..., s]))
+        return total.to(x.dtype)
     if w.dim() == 2:
         return F.linear(x, w)
     return torch.matmul(x.transpose(0, 1), w.mT).transpose(0, 1)
@@ -95,8 +110,8 @@ def at_rows(v: Tensor | None, rows: slice) -> Tensor | None:
     return v if v is None or v.dim() == 0 else v[rows]
 
 
-def converted(x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
-    """One tile's input behind the DAC."""
+def converted(x: Tensor, r: Tensor | None, spec: MVMSpec, codes: bool = False) -> Tensor:
+    """One tile's input behind the DAC: what its codes stand for, or the codes."""
     if r is None:
         return ref.wide(x)
     clamp = spec.range_mode != "dynamic"
@@ -104,7 +119,7 @@ def converted(x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
     for b in row_blocks(x):
         row_range = at_rows(r, b)
         assert row_range is not None
-        ref.dac(x[b], row_range, spec.inp_res, clamp, out=out[b])
+        ref.dac(x[b], row_range, spec.inp_res, clamp, out=out[b], codes=codes)
     return out
 
 
@@ -114,7 +129,8 @@ def tile_output(
     """A tile's product with output noise and ADC, not yet clamped, and its bound.
 
     Args:
-        y: the product, outputs last (or as ``peak`` broadcasts). Overwritten.
+        y: the product, outputs last (or as ``peak`` broadcasts): of codes where the site
+            multiplies codes. Overwritten.
         draw: standard normal values of y's shape, None without output noise.
     """
     if draw is not None:
@@ -125,6 +141,10 @@ def tile_output(
         return y, None
     assert r is not None
     bound = ref.adc_bound(r, scale(peak, spec.bound_per_channel, spec), spec.out_bound)
+    if integers.depth(spec):
+        assert peak is not None
+        codes = ref.adc_codes_(y, code_scale(peak, spec))
+        return codes.mul_(ref.adc_step(bound, spec.out_res)), bound
     return ref.adc_(y, bound, spec.out_res), bound
 
 
@@ -170,7 +190,9 @@ def forward(
     w = grouped(weight, spec.groups, 0)
     streamed = _streams(w, clip, spec)
     peaks = None if streamed else maxima(w, clip, spec)
-    modified = w if streamed else modified_weight(w, clip, seed, peaks, spec)
+    codes = integers.depth(spec) > 0
+    modified = w if streamed else modified_weight(w, clip, seed, peaks, spec, codes)
+    depth = summed_at_once(modified, spec) if codes else 0
     kept = modified.view(weight.shape) if keeps_weight(weight, spec) else weight.new_empty(0)
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
     if spec.ends_with_product and spec.groups == 1:
@@ -182,11 +204,12 @@ def forward(
     total = None
     for t, s in tiles(spec.in_sizes):
         r = tile_range(rows[..., s], input_range, t, spec)
-        analog_x, peak = converted(rows[..., s], r, spec), None if peaks is None else peaks[t]
+        analog_x = converted(rows[..., s], r, spec, codes)
+        peak = None if peaks is None else peaks[t]
         if streamed:
             y, peak = _product_and_max(analog_x, w[..., s])
         else:
-            y = product(analog_x, modified[..., s])
+            y = product(analog_x, modified[..., s], depth)
         marks = clipped[t // _BITS] if clipped.numel() else None
         total = _accumulate(total, y, r, peak, _draw(y, seed, t, spec), marks, t, spec)
     assert total is not None
@@ -318,7 +341,11 @@ def backward_to_dac(
 
     ranges = [tile_range(rows[..., s], input_range, t, spec) for t, s in spans]
     analog_x = _join([converted(rows[..., s], ranges[t], spec) for t, s in spans])
-    passed = _passed(g, analog_x, modified, ranges, peaks, seed, clipped, spec)
+    if is_kept(clipped) or not spec.out_bound or g.numel() == 0:
+        passed = _passed(g, clipped, spec)
+    else:
+        peaks = maxima(w, clip, spec) if peaks is None else peaks
+        passed = _passed_again(g, rows, w, modified, clip, ranges, peaks, seed, spec)
     if all(tile is g for tile in passed):  # nothing was clipped: one product for all tiles
         products = [(g, slice(None))]
     else:
@@ -383,34 +410,40 @@ def outer(g: Tensor, x: Tensor) -> Tensor:
     return torch.matmul(g.permute(1, 2, 0), x.transpose(0, 1))
 
 
-def _passed(
-    g: Tensor,
-    analog_x: Tensor,
-    modified: Tensor,
-    ranges: list[Tensor | None],
-    peaks: Tensor | None,
-    seed: Tensor | None,
-    clipped: Tensor,
-    spec: MVMSpec,
-) -> list[Tensor]:
+def _passed(g: Tensor, clipped: Tensor, spec: MVMSpec) -> list[Tensor]:
     """The gradient that each tile's ADC lets through: ``g`` itself where nothing is clipped."""
     count = len(spec.in_sizes)
     if not spec.out_bound or g.numel() == 0:
         return [g] * count
-    if not is_kept(clipped):
-        assert peaks is not None
-        masks = []
-        for t, s in tiles(spec.in_sizes):
-            y = product(analog_x[..., s], modified[..., s])
-            y, bound = tile_output(y, ranges[t], peaks[t], _draw(y, seed, t, spec), spec)
-            assert bound is not None
-            masks.append(y.abs() > bound)
-    elif clipped.device.type == "cpu" and not clipped.any():  # no sync: it is in host memory
+    if clipped.device.type == "cpu" and not clipped.any():  # no sync: it is in host memory
         return [g] * count
-    else:
-        bits = [clipped[t // _BITS] & (1 << t % _BITS) for t in range(count)]
-        masks = [b.bool().view_as(g) for b in bits]
-    return [g.masked_fill(mask, 0.0) for mask in masks]
+    bits = [clipped[t // _BITS] & (1 << t % _BITS) for t in range(count)]
+    return [g.masked_fill(b.bool().view_as(g), 0.0) for b in bits]
+
+
+def _passed_again(
+    g: Tensor,
+    rows: Tensor,
+    w: Tensor,
+    modified: Tensor,
+    clip: Tensor | None,
+    ranges: list[Tensor | None],
+    peaks: Tensor | None,
+    seed: Tensor | None,
+    spec: MVMSpec,
+) -> list[Tensor]:
+    """As :func:`_passed`, where the forward kept no bits: it is done again."""
+    assert peaks is not None
+    depth = integers.depth(spec)
+    held = modified_weight(w, clip, None, peaks, spec, codes=True) if depth else modified
+    passed = []
+    for t, s in tiles(spec.in_sizes):
+        analog_x = converted(rows[..., s], ranges[t], spec, codes=depth > 0)
+        y = product(analog_x, held[..., s], depth)
+        y, bound = tile_output(y, ranges[t], peaks[t], _draw(y, seed, t, spec), spec)
+        assert bound is not None
+        passed.append(g.masked_fill(y.abs() > bound, 0.0))
+    return passed
 
 
 def _through_clamp(grad: Tensor, x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:

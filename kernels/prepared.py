@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analogfx.kernels import conv as image
+from analogfx.kernels import integers
 from analogfx.kernels import reference as ref
 from analogfx.kernels.linear import product
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode
-from analogfx.kernels.weights import grouped, maxima, modified_weight, scale, tiles
+from analogfx.kernels.weights import code_scale, grouped, maxima, modified_weight, scale, tiles
 
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
     torch._C.DispatchKey.AutocastCUDA
@@ -41,43 +42,47 @@ def prepare(weight: Tensor, clip: Tensor | None, spec: str) -> tuple[Tensor, Ten
         spec: the site's :class:`MVMSpec`, encoded.
 
     Returns:
-        The weights as the tiles hold them, in weight's shape and the precision of the
-        computation; and the scale of every output's ADC bound, (k, O) for k tiles along the
-        inputs, without elements where there is no bound. See :func:`limits`.
+        The weights as the tiles hold them (their codes where the site multiplies codes), in
+        weight's shape and the precision of the computation; and for every output of k tiles along
+        the inputs the scale of its ADC's bound and, for codes, that of its product,
+        (1 or 2, k, O), without elements where there is no bound. See :func:`limits`.
     """
     site = decode(MVMSpec, spec)
     with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         matrix = grouped(weight.flatten(1), site.groups if weight.dim() == 2 else 1, 0)
         rows = site if weight.dim() == 2 else site._replace(groups=1)
         peaks = maxima(matrix, clip, rows)
-        held = modified_weight(matrix, clip, None, peaks, rows).reshape(weight.shape)
+        codes = integers.depth(site) > 0
+        held = modified_weight(matrix, clip, None, peaks, rows, codes).reshape(weight.shape)
         if peaks is None or not site.out_bound:
             return held, held.new_empty(0)
-        bounds = [scale(peak, site.bound_per_channel, rows).flatten() for peak in peaks]
-        return held, torch.stack(bounds)
+        found = [torch.stack([scale(peak, site.bound_per_channel, rows) for peak in peaks])]
+        if codes:
+            found.append(torch.stack([code_scale(p, rows).expand_as(p) for p in peaks]))
+        return held, torch.stack(found).flatten(2)
 
 
-def limits(bound_scale: Tensor, input_range: Tensor, spec: str) -> Tensor:
+def limits(scales: Tensor, input_range: Tensor, spec: str) -> Tensor:
     """What limits the outputs where no range depends on the input.
 
     Args:
-        bound_scale: (k, O), what :func:`prepare` returned.
+        scales: (1 or 2, k, O), what :func:`prepare` returned.
         input_range: (k,).
         spec: the site's :class:`MVMSpec`, encoded.
 
     Returns:
-        The bound of every output's ADC and, where it rounds, its step: (1 or 2, k, O).
+        The bound of every output's ADC, where it rounds its step, and where the product is one of
+        codes its scale: (1 to 3, k, O).
     """
     site = decode(MVMSpec, spec)
-    bound = ref.adc_bound(input_range.unsqueeze(-1), bound_scale, site.out_bound)
-    return torch.stack(_limits(bound, site))
+    return torch.stack(_limits(scales.unbind(), input_range.unsqueeze(-1), site))
 
 
-def _limits(bound: Tensor, spec: MVMSpec) -> tuple[Tensor, ...]:
+def _limits(scales: Sequence[Tensor], r: Tensor, spec: MVMSpec) -> tuple[Tensor, ...]:
+    bound = ref.adc_bound(r, scales[0], spec.out_bound)
     if not spec.out_res:
         return (bound,)
-    step = ref.step_of(bound, spec.out_res)
-    return bound, torch.where(step == 0, 1.0, step)
+    return bound, ref.adc_step(bound, spec.out_res), *scales[1:]
 
 
 def no_bias(weight: Tensor) -> Tensor:
@@ -87,6 +92,8 @@ def no_bias(weight: Tensor) -> Tensor:
 
 def convert(x: Tensor, input_range: Tensor | None, spec: str) -> Tensor:
     """The inputs of one product behind the DAC, in the precision of the computation.
+
+    These are codes where the site multiplies codes, else what the codes stand for.
 
     Args:
         x: (..., I), or of any shape for a site of one tile.
@@ -119,8 +126,8 @@ def linear(
     Args:
         x: (..., groups * I), raw.
         weight: what :func:`prepare` returned.
-        adc: what :func:`limits` returned; where the range is dynamic the scale of the bounds;
-            None where there is no bound.
+        adc: what :func:`limits` returned; where the range is dynamic the scales that
+            :func:`prepare` returned; None where there is no bound.
         bias: (O,) or None.
         residual: added last, None for nothing.
         input_range: (k,), None where it is dynamic or there is none.
@@ -145,9 +152,9 @@ def linear(
                 tile_x = _converted(rows[..., s], r, site)
             else:
                 tile_x = grouped(analog_x, site.groups, -1)[..., s]
-            y = _product(tile_x, w[..., s])
+            y = _product(tile_x, w[..., s], integers.depth(site))
             if site.out_bound:
-                y = _adc(y, [grouped(v, site.groups, 0) for v in _of_tile(adc, t, site)], r, site)
+                y = _adc(y, [grouped(v, site.groups, 0) for v in _of_tile(adc, t)], r, site)
             total = y if total is None else total + y
         assert total is not None
         total = total if site.groups == 1 else total.flatten(-2)
@@ -183,8 +190,9 @@ def conv(
             bias = None if bias is None else ref.wide(bias)
             y = image.convolve(analog_x, weight, geometry, site.groups, bias)
             return _finish(y, None, residual, x, site)
-        y = image.convolve(analog_x, weight, geometry, site.groups)
-        y = _adc(y, [v.view(axes) for v in _of_tile(adc, 0, site)], r, site)
+        depth = integers.depth(site)
+        y = image.convolve(analog_x, weight, geometry, site.groups, None, depth)
+        y = _adc(y, [v.view(axes) for v in _of_tile(adc, 0)], r, site)
         return _finish(y, None if bias is None else bias.view(axes), residual, x, site)
 
 
@@ -201,34 +209,41 @@ def _converted(x: Tensor, r: Tensor | None, spec: MVMSpec) -> Tensor:
         return x
     if spec.range_mode != "dynamic":
         x = torch.clamp(x, max=r) if spec.nonnegative else torch.clamp(x, -r, r)
-    return _round(x, ref.step_of(r, spec.inp_res)) if spec.inp_res else x
+    if not spec.inp_res:
+        return x
+    step = ref.step_of(r, spec.inp_res)
+    codes = _on_grid(x, step)
+    return codes if integers.depth(spec) else codes * step
 
 
-def _round(x: Tensor, step: Tensor) -> Tensor:
-    return torch.round(x / step.clamp_min(torch.finfo(x.dtype).tiny)) * step
+def _on_grid(x: Tensor, step: Tensor) -> Tensor:
+    return torch.round(x / step.clamp_min(torch.finfo(x.dtype).tiny))
 
 
-def _product(x: Tensor, w: Tensor) -> Tensor:
+def _product(x: Tensor, w: Tensor, depth: int) -> Tensor:
     """x w^T over the last axis: (..., O), or (..., groups, O / groups)."""
     if w.dim() == 2:
-        return F.linear(x, w)
-    return product(x.reshape(-1, *x.shape[-2:]), w).view(*x.shape[:-1], w.shape[-2])
+        return product(x, w, depth)
+    return product(x.reshape(-1, *x.shape[-2:]), w, depth).view(*x.shape[:-1], w.shape[-2])
 
 
-def _of_tile(adc: Tensor | None, tile: int, spec: MVMSpec) -> tuple[Tensor, ...]:
-    """The limits of one tile's outputs, each (O,), or their scale where the range is dynamic."""
+def _of_tile(adc: Tensor | None, tile: int) -> tuple[Tensor, ...]:
+    """The limits of one tile's outputs, each (O,), or their scales where the range is dynamic."""
     assert adc is not None
-    return (adc[tile],) if spec.range_mode == "dynamic" else adc[:, tile].unbind()
+    return adc[:, tile].unbind()
 
 
 def _adc(y: Tensor, limits: Sequence[Tensor], r: Tensor | None, spec: MVMSpec) -> Tensor:
     """``reference.adc_`` and the bound, in ops that a compiler can trace."""
     if spec.range_mode == "dynamic":
         assert r is not None
-        limits = _limits(ref.adc_bound(r, limits[0], spec.out_bound), spec)
+        limits = _limits(limits, r, spec)
     bound, *steps = limits
-    for step in steps:
-        y = _round(y, step)
+    if integers.depth(spec):
+        step, rho = steps
+        y = torch.round(y * rho) * step
+    elif steps:
+        y = _on_grid(y, *steps) * steps[0]
     return torch.clamp(y, -bound, bound)
 
 

@@ -50,9 +50,14 @@ def step_of(bound: Tensor, res: float) -> Tensor:
     return 2 * bound / res if res > 1.0 else 2 * bound * res
 
 
+def on_grid_(x: Tensor, step: Tensor) -> Tensor:
+    """The number of steps that ``x`` is rounded to, in place, half to even."""
+    return x.div_(step.clamp_min(torch.finfo(x.dtype).tiny)).round_()
+
+
 def quantize_(x: Tensor, step: Tensor) -> Tensor:
     """Put ``x`` on the grid of a step in place, half to even. A step of 0 gives 0."""
-    return x.div_(step.clamp_min(torch.finfo(x.dtype).tiny)).round_().mul_(step)
+    return on_grid_(x, step).mul_(step)
 
 
 # ---------------------------------------------------------------------- input ranges
@@ -124,12 +129,18 @@ def range_fast(
 
 
 def dac(
-    x: Tensor, input_range: Tensor, inp_res: float, clamp: bool, out: Tensor | None = None
+    x: Tensor,
+    input_range: Tensor,
+    inp_res: float,
+    clamp: bool,
+    out: Tensor | None = None,
+    codes: bool = False,
 ) -> Tensor:
     """Clamp to the range (unless it is the input's own maximum) and round to the DAC's grid.
 
     Args:
         out: where to, in the precision of the computation; None for a new tensor.
+        codes: give the number of steps, not what it stands for.
     """
     if out is None:
         out = torch.empty_like(x, dtype=wide(x.new_empty(0)).dtype)
@@ -137,7 +148,10 @@ def dac(
         clamp_to(wide(x), input_range, out=out)
     else:
         out.copy_(x)
-    return quantize_(out, step_of(input_range, inp_res)) if inp_res else out
+    if not inp_res:
+        return out
+    step = step_of(input_range, inp_res)
+    return on_grid_(out, step) if codes else quantize_(out, step)
 
 
 def inside(x: Tensor, input_range: Tensor) -> Tensor:
@@ -242,16 +256,26 @@ def clip_weight(w: Tensor, clip: Tensor) -> Tensor:
     return scaled.clamp_(-1.0, 1.0).mul_(scale)
 
 
-def quantize_weight(w: Tensor, bound: Tensor, states: float) -> Tensor:
-    """``w`` clamped to +-bound and rounded to ``states`` + 1 levels; a bound of 0 keeps 0.
+def weight_step(bound: Tensor, states: float) -> Tensor:
+    """What a weight's code of 1 stands for; 1 where the bound is 0."""
+    step = 2 * (bound / states)
+    return torch.where(step == 0, 1.0, step)
+
+
+def weight_codes(w: Tensor, bound: Tensor, states: float) -> Tensor:
+    """``w`` in steps, clamped to +-bound and rounded to ``states`` + 1 levels.
 
     Args:
         bound: broadcasts against w: a row's or tile's maximum, or the learned clip.
     """
-    step = 2 * (bound / states)
-    step = torch.where(step == 0, 1.0, step)
+    step = weight_step(bound, states)
     scaled = wide(w) / step.clamp_min(torch.finfo(step.dtype).tiny)
-    return scaled.clamp_(-states / 2, states / 2).round_().mul_(step)
+    return scaled.clamp_(-states / 2, states / 2).round_()
+
+
+def quantize_weight(w: Tensor, bound: Tensor, states: float) -> Tensor:
+    """What the codes of ``w`` stand for; see :func:`weight_codes`. A bound of 0 keeps 0."""
+    return weight_codes(w, bound, states).mul_(weight_step(bound, states))
 
 
 def weight_backward(grad: Tensor, w: Tensor, clip: Tensor, states: float) -> tuple[Tensor, Tensor]:
@@ -297,10 +321,32 @@ def adc_bound(input_range: Tensor, a: Tensor, out_bound: float) -> Tensor:
     return (input_range * out_bound) * a
 
 
+def adc_step(bound: Tensor, out_res: float) -> Tensor:
+    """Width of an ADC's step.
+
+    A row of zero weights has bound 0; a step of 1 lets the clamp make it 0, and not 0 * inf.
+    """
+    step = step_of(bound, out_res)
+    return torch.where(step == 0, 1.0, step)
+
+
 def adc_(y: Tensor, bound: Tensor, out_res: float) -> Tensor:
     """Round to the ADC's grid (``out_res`` 0: not) in place, *before* the bound is applied."""
-    if not out_res:
-        return y
-    step = step_of(bound, out_res)
-    # A row of zero weights has bound 0; a step of 1 lets the clamp make it 0, and not 0 * inf.
-    return quantize_(y, torch.where(step == 0, 1.0, step))
+    return quantize_(y, adc_step(bound, out_res)) if out_res else y
+
+
+def code_scale(weight_bound: Tensor, a: Tensor, ratio: float) -> Tensor:
+    """``rho``: steps of the ADC for one step of the products; see ``kernels.integers``.
+
+    Args:
+        weight_bound: what scales the steps of the weights.
+        a: what scales the ADC's bound, as :func:`adc_bound` takes it.
+        ratio: ``rho`` where both are the same.
+    """
+    limits = torch.finfo(a.dtype)  # a row of zero weights has sums of 0: any finite scale will do
+    return ((weight_bound / a.clamp_min(limits.tiny)) * ratio).clamp_max(limits.max)
+
+
+def adc_codes_(acc: Tensor, scale: Tensor) -> Tensor:
+    """An ADC's codes for exact sums of products of codes, in place, *before* the bound."""
+    return acc.mul_(scale).round_()

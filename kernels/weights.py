@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analogfx.kernels import noise
+from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.spec import MVMSpec
@@ -56,14 +56,42 @@ def scale(peak: Tensor | None, per_channel: bool, spec: MVMSpec) -> Tensor:
     return peak if per_channel else ref.tile_max(peak, spec.out_sizes)
 
 
+def summed_at_once(codes: Tensor, spec: MVMSpec) -> int:
+    """How many products to sum at a time: 0, all, where these weights keep every sum in bounds.
+
+    Args:
+        codes: of the weights, (..., I).
+    """
+    depth = integers.depth(spec)
+    if max(spec.in_sizes) <= depth or codes.device.type != "cpu":  # elsewhere it would be a sync
+        return depth
+    rows = torch.linalg.vector_norm(codes, 1, dim=-1)
+    return 0 if bool(rows.max() <= integers.widest_row(spec)) else depth
+
+
+def code_scale(peak: Tensor, spec: MVMSpec) -> Tensor:
+    """``rho`` of one tile, see ``kernels.integers``: (), or of the shape of ``peak``."""
+    ratio = integers.ratio(spec)
+    if integers.same_maxima(spec):
+        return peak.new_full((), ratio)
+    a = scale(peak, spec.bound_per_channel, spec)
+    return ref.code_scale(scale(peak, spec.weight_per_channel, spec), a, ratio)
+
+
 def modified_weight(
-    w: Tensor, clip: Tensor | None, seed: Tensor | None, peaks: Tensor | None, spec: MVMSpec
+    w: Tensor,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    peaks: Tensor | None,
+    spec: MVMSpec,
+    codes: bool = False,
 ) -> Tensor:
     """The weights as the tiles hold them.
 
     Args:
         w: (O, I), or (groups, O / groups, I).
         peaks: what :func:`maxima` gave.
+        codes: give the integers of the quantisation, not what they stand for.
 
     Returns:
         A tensor of w's shape in the precision of the computation; ``w`` itself where nothing
@@ -89,7 +117,8 @@ def modified_weight(
         part = w[b]
         if bound is not None:
             spread = _spread(bound[b], spec.in_sizes)
-            part = ref.quantize_weight(part, spread, spec.weight_states)
+            quantized = ref.weight_codes if codes else ref.quantize_weight
+            part = quantized(part, spread, spec.weight_states)
         elif clips is not None:
             part = ref.clip_weight(part, _spread(clips[b], spec.in_sizes))
         if sigma is None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from analogfx.kernels import prepared
+from analogfx.kernels import integers, prepared
 from analogfx.kernels.spec import MVMSpec
 from analogfx.passes.contract import Context
 from analogfx.passes.frozen import is_frozen, keep
@@ -102,6 +102,8 @@ def _difference(first: Node, node: Node, views: list[Node], context: Context) ->
     a, b = spec_of(first), spec_of(node)
     if (a.range_mode, a.inp_res) != (b.range_mode, b.inp_res):
         return "another resolution or range mode"
+    if bool(integers.depth(a)) != bool(integers.depth(b)):
+        return "one of the two multiplies codes"
     one_tile = len(a.in_sizes) == len(b.in_sizes) == 1 and a.range_mode != "dynamic"
     if not one_tile and (views or a.groups + b.groups > 2 or a.in_sizes != b.in_sizes):
         return "another cut of the inputs"
@@ -114,6 +116,8 @@ def _difference(first: Node, node: Node, views: list[Node], context: Context) ->
 def _on_grid(node: Node, context: Context) -> bool:
     """Let a site use the output of an explicit DAC of its own range, if that is its input."""
     spec = spec_of(node)
+    if integers.depth(spec):
+        return False  # it takes codes, and the DAC in front gives what they stand for
     x = raw_input(node.args[X])
     start = x
     while isinstance(x, Node) and (x.target in _GRID_KEEPING or is_reshape(x)):

@@ -75,6 +75,8 @@ def _difference(first: Node, second: Node, context: Context) -> str:
         return "another resolution, range mode or cut of the inputs"
     if (a.out_bound, a.out_res) != (b.out_bound, b.out_res):
         return "another resolution or bound of the outputs"
+    if a.weight_states != b.weight_states:
+        return "another number of weight states"
     ranges: tuple[Any, Any] = (first.args[RANGE], second.args[RANGE])
     if None not in ranges and not context.same_value(*ranges):
         return "another range"

@@ -20,18 +20,22 @@ def dynamic_range(x):
     return np.abs(x).max(-1, keepdims=True)
 
 
-def dac(x, input_range, *, inp_res, clamp):
+def dac(x, input_range, *, inp_res, clamp, codes=0):
     if clamp:
         x = np.minimum(np.maximum(x, -input_range), input_range)
-    return _on_grid(x, _step(input_range, inp_res)) if inp_res else x
+    if not inp_res:
+        return x
+    step = _step(input_range, inp_res)
+    return _codes(x, step) if codes else _codes(x, step) * step
 
 
-def adc(y, input_range, weight_max, *, out_bound, out_res):
+def adc(y, input_range, weight_max, code_scale=None, *, out_bound, out_res):
     kind = input_range.dtype.type
     bound = (input_range * kind(out_bound)) * weight_max
     if out_res:
         step = _step(bound, out_res)
-        y = _on_grid(y, np.where(step == 0, kind(1), step))
+        step = np.where(step == 0, kind(1), step)
+        y = (_codes(y, step) if code_scale is None else np.round(y * code_scale)) * step
     return np.minimum(np.maximum(y, -bound), bound)
 
 
@@ -40,12 +44,12 @@ def _step(bound, res):
     return 2 * bound / kind(res) if res > 1 else 2 * bound * kind(res)
 
 
-def _on_grid(x, step):
-    return np.round(x / np.maximum(step, np.finfo(step.dtype).tiny)) * step
+def _codes(x, step):
+    return np.round(x / np.maximum(step, np.finfo(step.dtype).tiny))
 
 
-def analog_linear(x, weight, weight_scale=None, bias=None, input_range=None, weight_max=None, *,
-                  group, in_sizes, around=0, **attributes):  # fmt: skip
+def analog_linear(x, weight, weight_scale=None, bias=None, input_range=None, weight_max=None,
+                  code_scale=None, *, group, in_sizes, around=0, **attributes):  # fmt: skip
     """``around``: take this many error bounds of every product away (-1) or to it (1)."""
     real = np.float64 if x.dtype == np.float64 else np.float32
     outputs, inputs = weight.shape[0], sum(in_sizes)
@@ -55,28 +59,31 @@ def analog_linear(x, weight, weight_scale=None, bias=None, input_range=None, wei
         columns = slice(start, start + size)
         start += size
         held = weight[:, columns].astype(real)
-        if weight_scale is not None:
+        if weight_scale is not None and code_scale is None:
             held = held * weight_scale[tile][:, None]
-        x_t, r = _converted(rows[..., columns], input_range, tile, attributes)
+        rho = None if code_scale is None else code_scale[tile]
+        x_t, r = _converted(rows[..., columns], input_range, tile, attributes, rho)
         matrices = held.reshape(group, outputs // group, size)
-        y_t = _near("...gi,goi->...go", x_t, matrices, size, around)
+        y_t = _near("...gi,goi->...go", x_t, matrices, size, 0 if rho is not None else around)
         y_t = y_t.reshape(*x.shape[:-1], outputs)
         a = None if weight_max is None else weight_max[tile]
         if attributes["range_mode"] == "dynamic":  # (..., G, 1), one for each output of a group
             r = np.repeat(r[..., 0], outputs // group, axis=-1)
-        total = total + _digitized(y_t, r, a, attributes)
+        total = total + _digitized(y_t, r, a, rho, attributes)
     return (total if bias is None else total + bias.astype(real)).astype(x.dtype)
 
 
-def analog_conv(x, weight, weight_scale=None, bias=None, input_range=None, weight_max=None, *,
-                group, kernel_shape, strides, pads, dilations, around=0, **attributes):  # fmt: skip
+def analog_conv(x, weight, weight_scale=None, bias=None, input_range=None, weight_max=None,
+                code_scale=None, *, group, kernel_shape, strides, pads, dilations, around=0,
+                **attributes):  # fmt: skip
     real = np.float64 if x.dtype == np.float64 else np.float32
     axes = len(kernel_shape)
     image = (-1, *[1] * axes)
     held = weight.astype(real)
-    if weight_scale is not None:
+    if weight_scale is not None and code_scale is None:
         held = held * weight_scale[0].reshape(-1, *[1] * (axes + 1))
-    x_t, r = _converted(x.astype(real), input_range, 0, attributes)
+    rho = None if code_scale is None else code_scale[0]
+    x_t, r = _converted(x.astype(real), input_range, 0, attributes, rho)
     ends = [(0, 0), (0, 0), *zip(pads[:axes], pads[axes:], strict=True)]
     patches = _patches(np.pad(x_t, ends), kernel_shape, strides, dilations)
     outputs = weight.shape[0]
@@ -84,10 +91,11 @@ def analog_conv(x, weight, weight_scale=None, bias=None, input_range=None, weigh
     patches = patches.reshape(batch, group, channels // group, *places, math.prod(kernel_shape))
     matrices = held.reshape(group, outputs // group, channels // group, -1)
     depth = matrices[0, 0].size
-    y = _near("bgc...k,gock->bgo...", patches, matrices, depth, around)
+    exact = rho is not None
+    y = _near("bgc...k,gock->bgo...", patches, matrices, depth, 0 if exact else around)
     y = y.reshape(batch, outputs, *places)
     a = None if weight_max is None else weight_max[0]
-    y = _digitized(y, r, a, attributes, image)
+    y = _digitized(y, r, a, rho, attributes, image)
     return (y if bias is None else y + bias.astype(real).reshape(image)).astype(x.dtype)
 
 
@@ -108,14 +116,15 @@ def _patches(x, kernel, strides, dilations):
     return np.stack(views, -1)
 
 
-def _converted(x_t, input_range, tile, attributes):
-    """A tile's input behind the DAC, and its range."""
+def _converted(x_t, input_range, tile, attributes, rho):
+    """A tile's input behind the DAC (its codes where rho is given), and its range."""
     mode = attributes["range_mode"]
     if mode == "none":
         return x_t, None
     dynamic = mode == "dynamic"
     r = dynamic_range(x_t) if dynamic else input_range[tile]
-    return dac(x_t, r, inp_res=attributes["inp_res"], clamp=not dynamic), r
+    codes = rho is not None
+    return dac(x_t, r, inp_res=attributes["inp_res"], clamp=not dynamic, codes=codes), r
 
 
 def _near(equation, x, w, depth, around):
@@ -131,7 +140,7 @@ def _near(equation, x, w, depth, around):
     return product.astype(x.dtype)
 
 
-def _digitized(y_t, r, weight_max, attributes, image=(-1,)):
+def _digitized(y_t, r, weight_max, rho, attributes, image=(-1,)):
     """A tile's product behind the ADC."""
     if not attributes["out_bound"]:
         return y_t
@@ -140,7 +149,8 @@ def _digitized(y_t, r, weight_max, attributes, image=(-1,)):
     else:
         ends = np.cumsum(attributes["out_sizes"])[:-1]
         a = np.concatenate([np.full_like(p, p.max()) for p in np.split(weight_max, ends)])
-    return adc(y_t, r, a.reshape(image), out_bound=attributes["out_bound"],
+    rho = None if rho is None else rho.reshape(image)
+    return adc(y_t, r, a.reshape(image), rho, out_bound=attributes["out_bound"],
                out_res=attributes["out_res"])  # fmt: skip
 
 

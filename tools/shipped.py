@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analogfx.kernels import plan
+from analogfx.kernels import integers, plan
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.clip import clip_launch
@@ -151,7 +151,7 @@ def _weights() -> Iterator[Shipped]:
             "codes": (scales, None, w.to(torch.int8), _spec(8, weight_states=254.0)),
         }
         for kind, (bound, noise_scale, out, spec) in kinds.items():
-            launch = modify_launch(w, bound, noise_scale, seed, out, spec)
+            launch = modify_launch(w, bound, noise_scale, seed, out, spec, codes=kind == "codes")
             yield compiled_as(f"modify_weight[{text},{kind}]", launch, text, False)
 
 
@@ -214,6 +214,8 @@ def _forward(text: str, operand: torch.dtype, size: str) -> Iterator[Shipped]:
     for site, spec in SITES.items():
         if operand == torch.int8 and spec.out_noise:
             continue  # 8-bit inference draws no noise
+        if operand == torch.int8:
+            spec = spec._replace(weight_states=254.0)
         for variant in _variants(text, size, site):
             yield from _products(text, operand, site, spec, variant)
 
@@ -231,12 +233,14 @@ def _products(
     convert = operand != torch.int8 and not plan.prepares(n, blocks_of(outputs, block.outputs))
     x = Operand(_empty(n, INPUTS, dtype=data if convert else operand), convert, spec)
     scales = _empty(k, outputs)
+    rho = integers.depth(spec) > 0
     around = Periphery(
         _empty(n, k) if spec.range_mode == "dynamic" else _empty(k),
         _empty(dtype=torch.int64),
         scales if spec.out_noise else None,
         scales if spec.out_bound else None,
-        scales if operand == torch.int8 else None,
+        None if rho or operand != torch.int8 else scales,
+        scales if rho else None,
     )
     training = spec.out_bound and operand != torch.int8
     plain = not (variant.text or text == "fp16")

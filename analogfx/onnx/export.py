@@ -243,6 +243,8 @@ def _inputs(graph: ir.Graph, site: Programmed) -> dict[str, ir.Value]:
         values["input_range"] = input_range
     if site.maxima is not None:
         values["weight_max"] = _tensor(graph, f"{site.name}.weight_max", site.maxima)
+    if site.code_scale is not None:
+        values["code_scale"] = _tensor(graph, f"{site.name}.code_scale", site.code_scale)
     return values
 
 

@@ -62,13 +62,18 @@ def _linear(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Te
 
     xs = by_tile(x)
     offs = [None] * len(sizes) if off is None else by_tile(off)
-    ws = site.held().cpu().unflatten(0, (groups, -1)).split(sizes, -1)
+    exact = site.code_scale is not None
+    held = (site.weight_codes() if exact else site.held()).cpu()
+    ws = held.unflatten(0, (groups, -1)).split(sizes, -1)
     low = high = x.new_zeros(())
     for tile, (x_t, off_t, w_t) in enumerate(zip(xs, offs, ws, strict=True)):
         converted, spread, r = _converted(site, x_t, off_t, tile)
+        if exact:
+            converted, w_t = converted.double(), w_t.double()
+            spread = None if spread is None else spread.double()
         y = torch.einsum("...gi,goi->...go", converted, w_t)
         size = torch.einsum("...gi,goi->...go", converted.abs(), w_t.abs())
-        slack = size * _units(w_t.shape[-1], w_t.dtype)
+        slack = size * (0 if exact else _units(w_t.shape[-1], w_t.dtype))
         if spread is not None:
             slack = slack + torch.einsum("...gi,goi->...go", spread, w_t.abs())
         low = low + _digitized(site, y - slack, r, tile)
@@ -79,12 +84,16 @@ def _linear(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Te
 def _convolution(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
     window, groups = site.call.window, site.spec.groups
     assert window is not None
-    held = site.held().cpu()
+    exact = site.code_scale is not None
+    held = (site.weight_codes() if exact else site.held()).cpu()
     kernel = held.view(held.shape[0], -1, *window.kernel_size)
     converted, spread, r = _converted(site, x, off, 0)
+    if exact:
+        converted, kernel = converted.double(), kernel.double()
+        spread = None if spread is None else spread.double()
     y = convolve(converted, kernel, window, groups)
     size = convolve(converted.abs(), kernel.abs(), window, groups)
-    slack = size * _units(held.shape[1], held.dtype)
+    slack = size * (0 if exact else _units(held.shape[1], held.dtype))
     if spread is not None:
         slack = slack + convolve(spread, kernel.abs(), window, groups)
     return _digitized(site, y - slack, r, 0), _digitized(site, y + slack, r, 0)
@@ -110,10 +119,10 @@ def _converted(
     else:
         assert ranges is not None
         r = ranges[tile].cpu()
-    clamp, res = mode != "dynamic", site.spec.inp_res
+    clamp, res, codes = mode != "dynamic", site.spec.inp_res, site.code_scale is not None
     if off is None:
-        return ref.dac(x_t, r, res, clamp), None, r
-    low, high = (ref.dac(x, r, res, clamp) for x in (x_t - off, x_t + off))
+        return ref.dac(x_t, r, res, clamp, codes=codes), None, r
+    low, high = (ref.dac(x, r, res, clamp, codes=codes) for x in (x_t - off, x_t + off))
     return (low + high) / 2, (high - low) / 2, r
 
 
@@ -123,9 +132,14 @@ def _digitized(site: Programmed, y: Tensor, r: Tensor | None, tile: int) -> Tens
     if not spec.out_bound:
         return y
     assert r is not None and site.maxima is not None
-    a = site.maxima[tile].cpu()
+    rho, a = site.code_scale, site.maxima[tile].cpu()
     a = a if spec.bound_per_channel else ref.tile_max(a, spec.out_sizes)
     by_group = () if site.call.window is not None else (spec.groups,)
-    a = a.reshape(*by_group, -1, *[1] * _places(site))
+    shape = (*by_group, -1, *[1] * _places(site))
+    a = a.reshape(shape)
     bound = ref.adc_bound(r, a, spec.out_bound)
+    if rho is not None:
+        scale = rho[tile].cpu().reshape(shape)
+        codes = ref.adc_codes_(y.to(scale.dtype), scale)
+        return ref.clamp_to(codes * ref.adc_step(bound, spec.out_res), bound)
     return ref.clamp_to(ref.adc_(y, bound, spec.out_res), bound)

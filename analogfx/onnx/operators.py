@@ -9,6 +9,7 @@ each op.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from analogfx.kernels import integers
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.onnx.writer import Writer
@@ -41,9 +43,13 @@ def _step(w: Writer, bound: ir.Value, res: float, dtype: ir.DataType) -> ir.Valu
     return w.op("Div" if res > 1 else "Mul", full, w.scalar(res, dtype))
 
 
-def _quantize(w: Writer, x: ir.Value, step: ir.Value, dtype: ir.DataType) -> ir.Value:
+def _on_grid(w: Writer, x: ir.Value, step: ir.Value, dtype: ir.DataType) -> ir.Value:
     divisor = w.op("Max", step, w.scalar(_tiny(dtype), dtype))
-    return w.op("Mul", w.op("Round", w.op("Div", x, divisor)), step)
+    return w.op("Round", w.op("Div", x, divisor))
+
+
+def _quantize(w: Writer, x: ir.Value, step: ir.Value, dtype: ir.DataType) -> ir.Value:
+    return w.op("Mul", _on_grid(w, x, step, dtype), step)
 
 
 def _clamp(
@@ -79,12 +85,18 @@ class DAC:
     inp_res: float
     clamp: bool
     dtype: ir.DataType
+    codes: bool = False
+    """Whether to give codes, not what they stand for."""
 
     inputs = ("x", "input_range")
 
     def attributes(self) -> dict[str, Any]:
-        """Resolution (0: no rounding) and whether the range clamps."""
-        return {"inp_res": self.inp_res, "clamp": int(self.clamp)}
+        """Resolution (0: no rounding), whether the range clamps, and whether to give codes."""
+        return {
+            "inp_res": self.inp_res,
+            "clamp": int(self.clamp),
+            **({"codes": 1} if self.codes else {}),
+        }
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """``round(clamp(x, +-r) / step) * step`` with ``step = 2 r / inp_res``."""
@@ -94,7 +106,10 @@ class DAC:
             x = _clamp(w, x, r, self.dtype)
         if not self.inp_res:
             return x
-        return _quantize(w, x, _step(w, r, self.inp_res, self.dtype), self.dtype)
+        step = _step(w, r, self.inp_res, self.dtype)
+        if self.codes:
+            return _on_grid(w, x, step, self.dtype)
+        return _quantize(w, x, step, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -107,18 +122,25 @@ class ADC:
     """Whether the bound is one number for the whole tensor."""
     dtype: ir.DataType
 
-    inputs = ("y", "input_range", "weight_max")
+    inputs = ("y", "input_range", "weight_max", "code_scale")
 
     def attributes(self) -> dict[str, Any]:
         """Bound in units of input range x largest weight, and resolution (0: no rounding)."""
         return {"out_bound": self.out_bound, "out_res": self.out_res}
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
-        """``clamp(round(y / step) * step, +-B)``, ``B = r out_bound a``, ``step = 2 B / res``."""
-        y, r, a = inputs
+        """``clamp(round(y / step) * step, +-B)``, ``B = r out_bound a``, ``step = 2 B / res``.
+
+        With a code_scale y is a sum of products of codes, and ``y code_scale`` is rounded.
+        """
+        y, r, a, rho = (*inputs, None)[:4]
         assert y is not None and r is not None and a is not None
         bound = self.bound(w, r, a)
-        if self.out_res:
+        if rho is not None:
+            # The scale comes first: ONNX Runtime folds a constant that comes second into the
+            # kernel of a convolution, whose weights were integers.
+            y = w.op("Mul", w.op("Round", w.op("Mul", rho, y)), self.step(w, bound))
+        elif self.out_res:
             y = _quantize(w, y, self.step(w, bound), self.dtype)
         return _clamp(w, y, bound, self.dtype, self.scalar)
 
@@ -155,7 +177,12 @@ class _Site:
     """Whether to multiply codes by codes (level "qdq")."""
     seeds: Seeds | None = None
 
-    inputs = ("x", "weight", "weight_scale", "bias", "input_range", "weight_max")
+    inputs = ("x", "weight", "weight_scale", "bias", "input_range", "weight_max", "code_scale")
+
+    @property
+    def depth(self) -> int:
+        """Products of codes that floats sum exactly; 0 for a site that multiplies values."""
+        return integers.depth(self.spec) if self.codes else 0
 
     @property
     def dtype(self) -> ir.DataType:
@@ -238,6 +265,7 @@ class _Site:
         draw: ir.Value | None,
         r: ir.Value | None,
         peak: ir.Value | None,
+        rho: ir.Value | None,
         trailing: Sequence[int] = (),
     ) -> ir.Value:
         """A tile's product behind output noise and ADC.
@@ -260,7 +288,10 @@ class _Site:
             return y
         a, scalar = scaled(s.bound_per_channel)
         scalar = scalar and s.range_mode != "dynamic"
-        return w.call(ADC(s.out_bound, s.out_res, scalar, self.dtype), y, r, a)
+        adc = ADC(s.out_bound, s.out_res, scalar, self.dtype)
+        if rho is None:
+            return w.call(adc, y, r, a)
+        return w.call(adc, y, r, a, w.op("Reshape", rho, w.ints(*trailing)) if trailing else rho)
 
     def converted(self, w: Writer, x: ir.Value, r: ir.Value | None) -> ir.Value:
         """One tile's input behind the DAC."""
@@ -268,7 +299,24 @@ class _Site:
         clamp = s.range_mode != "dynamic"
         if r is None or not (clamp or s.inp_res):
             return x
-        return w.call(DAC(s.inp_res, clamp, self.dtype), x, r)
+        return w.call(DAC(s.inp_res, clamp, self.dtype, self.depth > 0), x, r)
+
+    def exact_sum(self, w: Writer, parts: Sequence[ir.Value]) -> ir.Value:
+        """The sum of integers that floats hold one by one, but not together; rounded once."""
+        if len(parts) == 1:
+            return parts[0]
+        wide = [w.op("Cast", part, to=ir.DataType.DOUBLE) for part in parts]
+        total = wide[0]
+        for part in wide[1:]:
+            total = w.op("Add", total, part)
+        return w.op("Cast", total, to=self.dtype)
+
+    def lengths(self, size: int, unit: int = 1) -> list[int]:
+        """Sizes of the parts that a sum of ``size`` times ``unit`` products is taken in."""
+        depth = self.depth
+        if not depth or self.dtype == ir.DataType.DOUBLE or size * unit <= depth:
+            return [size]
+        return [s.stop - s.start for s in integers.parts(size, max(depth // unit, 1))]
 
     def input_codes(self, w: Writer, x: ir.Value, r: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The DAC's codes as uint8 around 128, and its step."""
@@ -328,7 +376,7 @@ class AnalogLinear(_Site):
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Tile by tile, then the digital sum and the bias."""
-        x, weight, weight_scale, bias, input_range, weight_max = inputs
+        x, weight, weight_scale, bias, input_range, weight_max, code_scale = inputs
         assert x is not None and weight is not None
         rows = self._grouped(w, self.wide(w, x))
         sizes = self.spec.in_sizes
@@ -337,23 +385,30 @@ class AnalogLinear(_Site):
         # Like the matrix, not the weight: runtimes draw like floats alone.
         noise = self.draw(w, matrix, self._seed("weight"), self.spec.noise_std)
         noises = [None] * len(sizes) if noise is None else w.split(noise, sizes, 1)
-        ranges, peaks, products = [], [], []
+        ranges, peaks, rhos, products = [], [], [], []
         for tile in range(len(sizes)):
             r = self._range(w, xs[tile], input_range, tile)
             peak = None if weight_max is None else self.row(w, weight_max, tile)
             scale = None if weight_scale is None else self.row(w, weight_scale, tile)
             ranges.append(r)
             peaks.append(peak)
+            rhos.append(None if code_scale is None else self.row(w, code_scale, tile))
             if self.integer:
                 products.append(self._integer_product(w, xs[tile], r, ws[tile], scale))
                 continue
-            held = self._dequantized(w, ws[tile], scale)
+            held = ws[tile] if self.depth else self._dequantized(w, ws[tile], scale)
             held = self.noisy_weight(w, held, noises[tile], peak)
-            products.append(self._product(w, self.converted(w, xs[tile], r), held))
+            parts = self.lengths(sizes[tile])
+            pairs = zip(
+                w.split(self.converted(w, xs[tile], r), parts, -1),
+                w.split(held, parts, 1),
+                strict=True,
+            )
+            products.append(self.exact_sum(w, [self._product(w, *pair) for pair in pairs]))
         draws = self._output_draws(w, products)
         total = None
-        for y, draw, r, peak in zip(products, draws, ranges, peaks, strict=True):
-            y = self.output(w, y, draw, r, peak, self._by_group())
+        for y, draw, r, peak, rho in zip(products, draws, ranges, peaks, rhos, strict=True):
+            y = self.output(w, y, draw, r, peak, rho, self._by_group())
             total = y if total is None else w.op("Add", total, y)
         assert total is not None
         y = self._flat(w, total, x)
@@ -407,7 +462,8 @@ class AnalogLinear(_Site):
         x, codes = self.in_pairs(w, x, codes, -1)
         matrix = w.op("Transpose", codes, perm=[1, 0])
         count = w.op("MatMulInteger", x, matrix, self.zero_point(w))
-        return w.op("Mul", w.op("Cast", count, to=self.dtype), w.op("Mul", step, scale))
+        count = w.op("Cast", count, to=self.dtype)
+        return count if self.depth else w.op("Mul", count, w.op("Mul", step, scale))
 
     def _output_draws(self, w: Writer, products: list[ir.Value]) -> Sequence[ir.Value | None]:
         """Independent noise for every tile's product, from one generator."""
@@ -460,23 +516,36 @@ class AnalogConv(_Site):
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Element by element around one convolution."""
-        x, weight, weight_scale, bias, input_range, weight_max = inputs
+        x, weight, weight_scale, bias, input_range, weight_max, code_scale = inputs
         assert x is not None and weight is not None
+        rho = None if code_scale is None else self.row(w, code_scale, 0)
         r = None if input_range is None else self.row(w, input_range, 0)
         peak = None if weight_max is None else self.row(w, weight_max, 0)
         scale = None if weight_scale is None else self.row(w, weight_scale, 0)
         image = (-1, *[1] * len(self.window.stride))
         x = self.wide(w, x)
         if self.integer:
-            y = self._integer_output(w, x, r, weight, scale, peak)
+            y = self._integer_output(w, x, r, weight, rho, peak)
         else:
-            kernel = self._kernel(w, weight, scale, peak)
-            y = w.op("Conv", self.converted(w, x, r), kernel, **self._geometry())
+            kernel = self._kernel(w, weight, None if self.depth else scale, peak)
+            y = self._convolved(w, self.converted(w, x, r), kernel)
             draw = self.draw(w, y, self.seeds.output if self.seeds else 0.0, self.spec.out_noise)
-            y = self.output(w, y, draw, r, peak, image)
+            y = self.output(w, y, draw, r, peak, rho, image)
         if bias is not None:
             y = w.op("Add", y, w.op("Reshape", self.wide(w, bias), w.ints(*image)))
         return self.narrow(w, y)
+
+    def _convolved(self, w: Writer, x: ir.Value, kernel: ir.Value) -> ir.Value:
+        """One convolution, or several over parts of the channels whose sums are exact."""
+        taps, groups = math.prod(self.window.kernel_size), self.spec.groups
+        parts = self.lengths(sum(self.spec.in_sizes) // taps, taps)
+        if len(parts) == 1:
+            return w.op("Conv", x, kernel, **self._geometry())
+        if groups > 1 or taps > self.depth:
+            wide = [w.op("Cast", t, to=ir.DataType.DOUBLE) for t in (x, kernel)]
+            return w.op("Cast", w.op("Conv", *wide, **self._geometry()), to=self.dtype)
+        pairs = zip(w.split(x, parts, 1), w.split(kernel, parts, 1), strict=True)
+        return self.exact_sum(w, [w.op("Conv", *pair, **self._geometry()) for pair in pairs])
 
     def _kernel(
         self, w: Writer, weight: ir.Value, scale: ir.Value | None, peak: ir.Value | None
@@ -507,30 +576,31 @@ class AnalogConv(_Site):
         x: ir.Value,
         r: ir.Value | None,
         codes: ir.Value,
-        scale: ir.Value | None,
+        rho: ir.Value | None,
         peak: ir.Value | None,
     ) -> ir.Value:
         """One integer kernel from the DAC's codes to the ADC's.
 
-        The kernel's output has one scale; so the channels' ADC steps go into the weights' scales.
+        The kernel multiplies its sums by the scales of inputs and weights over that of outputs, in
+        float: by rho over 1, so that the codes are those of every other level.
         """
         s = self.spec
-        assert r is not None and scale is not None and peak is not None
+        assert r is not None and rho is not None and peak is not None
         a, scalar = self.scale(w, peak, s.bound_per_channel)
         adc = ADC(s.out_bound, s.out_res, scalar, self.dtype)
         bound = adc.bound(w, r, a)
-        step = w.op("Expand", adc.step(w, bound), w.op("Shape", scale))
-        x, x_step = self.input_codes(w, x, r)
-        zero = self.zero_point(w)
+        step = w.op("Expand", adc.step(w, bound), w.op("Shape", rho))
+        x, _ = self.input_codes(w, x, r)
+        zero, one = self.zero_point(w), w.scalar(1.0, self.dtype)
         x, codes, weight_zero = self._convolved_codes(w, x, codes)
         y = w.op(
             "QLinearConv",
-            *(x, x_step, zero),
-            *(codes, w.op("Div", scale, step), weight_zero),
-            *(w.scalar(1.0, self.dtype), zero),
+            *(x, one, zero),
+            *(codes, rho, weight_zero),
+            *(one, zero),
             **self._geometry(),
         )
-        y = w.op("DequantizeLinear", y, step, w.op("Expand", zero, w.op("Shape", scale)), axis=1)
+        y = w.op("DequantizeLinear", y, step, w.op("Expand", zero, w.op("Shape", rho)), axis=1)
         if not scalar:
             bound = w.op("Reshape", bound, w.ints(-1, *[1] * len(self.window.stride)))
         return _clamp(w, y, bound, self.dtype, scalar)  # a code of -128 is beyond the bound

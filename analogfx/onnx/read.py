@@ -83,14 +83,28 @@ class OnnxSite:
 
     def codes(self) -> np.ndarray[Any, Any] | None:
         """The integer codes of the weight, None for a weight of floats."""
-        return self.array("weight") if "weight_scale" in self.tensors else None
+        return self.array("weight") if self.weight_type in _CODES else None
+
+    def scales(self) -> np.ndarray[Any, Any] | None:
+        """(k, O) what a code of 1 stands for, None for a weight of floats."""
+        if self.weight_type not in _CODES:
+            return None
+        if "weight_scale" in self.tensors:
+            return self.array("weight_scale")
+        bound = self.array("weight_max")  # of a site that multiplies codes, level "fused" apart
+        if not self.spec.weight_per_channel:
+            starts = np.cumsum([0, *self.spec.out_sizes[:-1]])
+            largest = np.maximum.reduceat(bound, starts, axis=1)
+            bound = np.repeat(largest, self.spec.out_sizes, axis=1)
+        step = 2 * (bound / bound.dtype.type(self.spec.weight_states))
+        return np.where(step == 0, bound.dtype.type(1), step)
 
     def weight(self) -> np.ndarray[Any, Any]:
         """The weights as the tiles hold them: codes times their steps, or the floats."""
         weight = self.array("weight")
-        if "weight_scale" not in self.tensors:
+        scale = self.scales()
+        if scale is None:
             return weight
-        scale = self.array("weight_scale")
         matrix = weight.reshape(weight.shape[0], -1).astype(scale.dtype)
         steps = np.repeat(scale, self.spec.in_sizes, axis=0).T
         return (matrix * steps).reshape(weight.shape)
@@ -289,7 +303,7 @@ def _site(
 
 _INTEGER = ("MatMulInteger", "QLinearConv")
 _FLOATS = ("float", "float16", "bfloat16", "double")
-_CODES = ("int8", "int4")
+_CODES = ("int8", "int4", "int16")
 
 
 def _tiles(record: list[Any], spec: MVMSpec) -> tuple[dict[str, Any], ...]:
@@ -315,7 +329,7 @@ def _check_shapes(site: OnnxSite) -> None:
 def _check_tensors(site: OnnxSite) -> None:
     """Refuse constants of the wrong type or shape."""
     outputs, rows = site.weight_shape[0], len(site.spec.in_sizes)
-    codes = "weight_scale" in site.tensors
+    codes = "weight_scale" in site.tensors or "code_scale" in site.tensors
     real = ("float", "double")
     expected = {
         "weight": (site.weight_shape, _CODES if codes else _FLOATS),
@@ -323,6 +337,7 @@ def _check_tensors(site: OnnxSite) -> None:
         "bias": ((outputs,), _FLOATS),
         "input_range": ((rows,), real),
         "weight_max": ((rows, outputs), real),
+        "code_scale": ((rows, outputs), real),
     }
     for name, tensor in site.tensors.items():
         shape, types = expected[name]
@@ -363,7 +378,7 @@ def _check_attributes(site: OnnxSite, nodes: Sequence[NodeProto]) -> None:
 
 def _attributes(site: OnnxSite) -> dict[str, Any]:
     """What the nodes of a site say at level "fused", but for noise."""
-    given = site.spec, ir.DataType.FLOAT, "weight_scale" in site.tensors
+    given = site.spec, ir.DataType.FLOAT, site.weight_type in _CODES
     if site.window is None:
         return AnalogLinear(*given).attributes()
     return AnalogConv(*given, window=site.window).attributes()

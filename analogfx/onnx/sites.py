@@ -14,8 +14,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from analogfx.config import resolve
+from analogfx.kernels import integers
 from analogfx.kernels import reference as ref
 from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.weights import code_scale
 from analogfx.onnx.calls import SiteCall
 
 SCHEMA = 1
@@ -24,7 +26,7 @@ SCHEMA = 1
 _INT4 = 21
 """First opset with 4-bit integers."""
 
-_INT4_MAX, _INT8_MAX = 7, 127
+_INT4_MAX, _INT8_MAX, _INT16_MAX = 7, 127, 32767
 """Largest codes; the grid is symmetric."""
 
 
@@ -46,6 +48,18 @@ class Programmed:
     def scale(self) -> Tensor | None:
         """(k, O) steps of the codes, as ``reference.quantize_weight`` takes them."""
         return _scale(self.peaks, self.spec) if self.codes and self.peaks is not None else None
+
+    @property
+    def code_scale(self) -> Tensor | None:
+        """(k, O) ``rho`` of ``kernels.integers``, for a site that multiplies codes."""
+        if self.peaks is None or not (self.codes and integers.depth(self.spec)):
+            return None
+        return torch.stack([code_scale(p, self.spec).expand_as(p) for p in self.peaks])
+
+    def weight_codes(self) -> Tensor:
+        """The weights in units of their steps, (O, I), in the precision of the computation."""
+        assert self.peaks is not None
+        return _codes(self.held(), self.peaks, self.spec)
 
     @property
     def maxima(self) -> Tensor | None:
@@ -72,7 +86,7 @@ def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
         noise: keep the strengths of the config's training noise.
     """
     spec = _spec(call, noise)
-    codes = _code_type(spec.weight_states, opset)
+    codes = _code_type(spec, opset)
     peaks = _peaks(call, spec) if spec.weight_states or _reads_peaks(spec) else None
     weight = _weight(call, spec, codes, peaks)
     return Programmed(name, call, spec, weight, codes is not None, peaks)
@@ -112,10 +126,12 @@ def _spec(call: SiteCall, noise: bool) -> MVMSpec:
     )
 
 
-def _code_type(states: float, opset: int) -> ir.DataType | None:
+def _code_type(spec: MVMSpec, opset: int) -> ir.DataType | None:
     """The smallest type that holds every code; None for weights that stay floats."""
-    largest = round(states / 2)
-    if not states or largest > _INT8_MAX:
+    largest = integers.largest(spec.weight_states)
+    if spec.weight_states and largest > _INT8_MAX and integers.depth(spec):
+        return ir.DataType.INT16 if largest <= _INT16_MAX else None
+    if not spec.weight_states or largest > _INT8_MAX:
         return None
     return ir.DataType.INT4 if largest <= _INT4_MAX and opset >= _INT4 else ir.DataType.INT8
 
@@ -169,10 +185,10 @@ def _held(call: SiteCall, spec: MVMSpec, peaks: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def _codes(held: Tensor, peaks: Tensor, spec: MVMSpec) -> Tensor:
-    """The weights in units of their steps, (O, I) int8."""
+    """The weights in units of their steps, (O, I)."""
     tiles, steps = held.split(list(spec.in_sizes), dim=1), _scale(peaks, spec).unsqueeze(-1)
     codes = [tile / step for tile, step in zip(tiles, steps, strict=True)]
-    return torch.cat(codes, dim=1).round_().to(torch.int8)
+    return torch.cat(codes, dim=1).round_()
 
 
 def _weight(

@@ -61,6 +61,7 @@ def linear_clipped(
     p_w,
     p_range,
     p_weight_step,
+    p_code_scale,
     p_noise_scale,
     p_bound_scale,
     p_seed,
@@ -80,6 +81,7 @@ def linear_clipped(
     RANGE: tl.constexpr,
     CONVERT: tl.constexpr,
     INP_RES: tl.constexpr,
+    SUM: tl.constexpr,
     OUT_NOISE: tl.constexpr,
     OUT_BOUND: tl.constexpr,
     OUT_RES: tl.constexpr,
@@ -113,18 +115,18 @@ def linear_clipped(
         r = tile_range(p_range, tile, o_row, n_rows, RANGE, TILES)
         y = tile_product(
             p_rows, p_outputs, r, start, length, stride_xi, stride_wi, WHOLE, RANGE, CONVERT,
-            INP_RES, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+            INP_RES, SUM, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
         HALF: tl.constexpr = BLOCK_OUT // 2
         y_left, y_right = halves(y, BLOCK_ROWS, BLOCK_OUT)
         z, bound = behind_adc(
-            y_left, r, tile, o_row, first_output, n_outputs, p_weight_step, p_noise_scale,
-            p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
+            y_left, r, tile, o_row, first_output, n_outputs, p_weight_step, p_code_scale,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
         )  # fmt: skip
         store_bits(z, bound, p_bits, tile, o_row, first_output, n_rows, n_outputs, BLOCK_ROWS, HALF)
         z, bound = behind_adc(
-            y_right, r, tile, o_row, first_output + HALF, n_outputs, p_weight_step, p_noise_scale,
-            p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
+            y_right, r, tile, o_row, first_output + HALF, n_outputs, p_weight_step, p_code_scale,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
         )  # fmt: skip
         store_bits(
             z, bound, p_bits, tile, o_row, first_output + HALF, n_rows, n_outputs, BLOCK_ROWS, HALF

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx.kernels import changes
+from analogfx.kernels import reference as ref
 from analogfx.kernels.changes import Stamp
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton.weights import maxima, modify_launch, scaled_by
@@ -70,6 +71,5 @@ def _quantised(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:
     assert peaks is not None
     bound = scaled_by(peaks, clip is not None or spec.weight_per_channel, spec)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    modify_launch(weight, bound, None, None, codes, spec).run()
-    step = 2 * (bound / spec.weight_states)
-    return Codes(codes, torch.where(step == 0, 1.0, step), peaks)
+    modify_launch(weight, bound, None, None, codes, spec, codes=True).run()
+    return Codes(codes, ref.weight_step(bound, spec.weight_states), peaks)

@@ -102,6 +102,7 @@ def linear_forward(
     p_range,
     p_weight_step,
     p_row_nan,
+    p_code_scale,
     p_noise_scale,
     p_bound_scale,
     p_seed,
@@ -121,6 +122,7 @@ def linear_forward(
     RANGE: tl.constexpr,
     CONVERT: tl.constexpr,
     INP_RES: tl.constexpr,
+    SUM: tl.constexpr,
     OUT_NOISE: tl.constexpr,
     OUT_BOUND: tl.constexpr,
     OUT_RES: tl.constexpr,
@@ -151,22 +153,22 @@ def linear_forward(
         r = tile_range(p_range, tile, o_row, n_rows, RANGE, TILES)
         y = tile_product(
             p_x, p_w, r, start, length, stride_xi, stride_wi, WHOLE, RANGE, CONVERT, INP_RES,
-            PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+            SUM, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
         )  # fmt: skip
         # Half a block at a time: the scales of all its columns and two accumulators would not
         # fit the registers together.
         y_left, y_right = halves(y, BLOCK_ROWS, BLOCK_OUT)
         y_left, bound = behind_adc(
-            y_left, r, tile, o_row, first_output, n_outputs, p_weight_step, p_noise_scale,
-            p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
+            y_left, r, tile, o_row, first_output, n_outputs, p_weight_step, p_code_scale,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
         )  # fmt: skip
         left += clamped(
             y_left, bound, tile, row, first_output, n_rows, n_outputs, p_marks, OUT_BOUND,
             BLOCK_ROWS, HALF,
         )  # fmt: skip
         y_right, bound = behind_adc(
-            y_right, r, tile, o_row, first_output + HALF, n_outputs, p_weight_step, p_noise_scale,
-            p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
+            y_right, r, tile, o_row, first_output + HALF, n_outputs, p_weight_step, p_code_scale,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS, HALF,
         )  # fmt: skip
         right += clamped(
             y_right, bound, tile, row, first_output + HALF, n_rows, n_outputs, p_marks, OUT_BOUND,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from analogfx.kernels import plan
+from analogfx.kernels import integers, plan
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.device import dac, rounded_to, tile_range, tile_span
@@ -137,7 +137,8 @@ def operand(
     """
     if ranges is None:
         return Operand(x, False, spec)
-    if not values and plan.largest_code(spec.inp_res) > plan.EXACT[dtype]:
+    exact = integers.depth(spec) > 0  # then the dtype was chosen to hold the codes
+    if not values and not exact and plan.largest_code(spec.inp_res) > plan.EXACT[dtype]:
         x = converted(x, ranges, dtype, True, spec)
         return Operand(x, False, spec._replace(inp_res=0.0))
     if plan.prepares(x.shape[0], across):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analogfx.kernels import plan
+from analogfx.kernels import integers, plan
 from analogfx.kernels import reference as ref
 from analogfx.kernels.linear import Gradients, is_kept
 from analogfx.kernels.spec import MVMSpec
@@ -29,7 +29,13 @@ from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import blocks_of, geometry
 from analogfx.kernels.triton.tile import Periphery
 from analogfx.kernels.triton.weight_gradient import weight_launch
-from analogfx.kernels.triton.weights import maxima, modified_weight, scaled_by
+from analogfx.kernels.triton.weights import (
+    code_scale,
+    maxima,
+    modified_weight,
+    scaled_by,
+    weight_codes,
+)
 
 
 def forward(
@@ -61,7 +67,7 @@ def forward(
         _integer_product(rows, weight, bias, ranges, clip, y, spec)
         return out, marks, weight.new_empty(0)
     peaks = maxima(weight, clip, spec)
-    w = modified_weight(weight, clip, seed, peaks, spec)
+    w = _multiplied(weight, clip, seed, peaks, spec)
     if plan.by_vendor(x.dtype, spec):
         if ranges is not None:
             rows = inputs.converted(rows, ranges, x.dtype, True, spec)
@@ -74,13 +80,36 @@ def forward(
     forward_launch(
         _operand(rows, ranges, w, block, spec),
         w,
-        Periphery(ranges, seed, *_scales(peaks, spec)),
+        _periphery(ranges, seed, peaks, spec),
         bias=bias,
         y=y,
         marks=marks if is_kept(marks) else None,
         block=block,
     ).run()
     return out, marks, weight.new_empty(0)
+
+
+def _multiplied(
+    weight: Tensor, clip: Tensor | None, seed: Tensor | None, peaks: Tensor | None, spec: MVMSpec
+) -> Tensor:
+    """The weights as the forward product takes them: codes where the site multiplies codes."""
+    if not integers.depth(spec):
+        return modified_weight(weight, clip, seed, peaks, spec)
+    assert peaks is not None
+    return weight_codes(weight, clip, peaks, spec)
+
+
+def _periphery(
+    ranges: Tensor | None,
+    seed: Tensor | None,
+    peaks: Tensor | None,
+    spec: MVMSpec,
+    weight_step: Tensor | None = None,
+) -> Periphery:
+    """What stands around tiles whose weights, if they are codes, stand for so much."""
+    rho = None if peaks is None else code_scale(peaks, spec)
+    step = weight_step if rho is None else None
+    return Periphery(ranges, seed, *_scales(peaks, spec), step, rho)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -120,7 +149,7 @@ def _integer_product(
     forward_launch(
         codes,
         held.codes,
-        Periphery(ranges, None, *_scales(held.peaks, spec), held.step),
+        _periphery(ranges, None, held.peaks, spec, held.step),
         bias=bias,
         row_nan=row_nan,
         y=y,
@@ -153,7 +182,8 @@ def backward(
             if not is_kept(marks):
                 shape = plan.marks_shape(x, weight, spec._replace(keep=True))
                 marks = torch.ones(shape, dtype=torch.uint8, device=x.device)
-            clipped = _clipped(rows, w, ranges, peaks, seed, marks, spec)
+            codes = _multiplied(weight, clip, seed, peaks, spec) if integers.depth(spec) else w
+            clipped = _clipped(rows, codes, ranges, peaks, seed, marks, spec)
         if need_x or need_range:
             pair = _input_gradients(g, w, x, ranges, clipped, need_x, need_range, spec)
             found |= {"x": pair[0], "input_range": pair[1]}
@@ -193,7 +223,7 @@ def _clipped(
     clipped_launch(
         _operand(x, ranges, w, block, spec),
         w,
-        Periphery(ranges, seed, *_scales(peaks, spec)),
+        _periphery(ranges, seed, peaks, spec),
         marks=marks,
         bits=bits,
         block=block,

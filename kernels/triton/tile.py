@@ -4,6 +4,10 @@
     y_t = (q_t W~[t]^T) s_t                          s_t: the DAC's step (times the weights' codes')
     z_t = round((y_t + strength r_t a N(0, 1)) / d) d,  d = 2 B_t / n,  B_t = r_t b a
 
+Where the ADC's codes are a function of integers (``kernels.integers``):
+
+    z_t = round((q_t q_w^T) rho) d                   the sum of products of codes is exact
+
 Output noise of tile t is stream t + 1 over the elements of y.
 """
 
@@ -16,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from analogfx.kernels import integers, plan
+from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.device import (
@@ -24,6 +30,7 @@ from analogfx.kernels.triton.device import (
     normal_at,
     normal_quads,
     on_grid,
+    round_even,
     rounded_to,
     step_of,
 )
@@ -44,6 +51,7 @@ def tile_product(
     RANGE: tl.constexpr,
     CONVERT: tl.constexpr,
     INP_RES: tl.constexpr,
+    SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -53,9 +61,12 @@ def tile_product(
 
     Args:
         p_x, p_w: pointers to the block's rows (BLOCK_ROWS, 1) and outputs (1, BLOCK_OUT).
+        SUM: "values", or for the sum of products of codes "codes", and "long" where float32 does
+            not hold it: then it is summed in two numbers, and rounded once.
     """
     o_in = tl.arange(0, BLOCK_IN)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.int32 if PRECISION == "int8" else tl.float32)
+    low = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for first in range(0, length, BLOCK_IN):
         o_input = (start + first + o_in).to(tl.int64)
         m_in = o_in < (BLOCK_IN if WHOLE else length - first)
@@ -64,9 +75,18 @@ def tile_product(
             x = dac(x.to(tl.float32), r, RANGE, INP_RES, False)
             x = rounded_to(x, p_w.dtype.element_ty)
         w = tl.load(p_w + o_input[:, None] * stride_wi, mask=m_in[:, None], other=0.0)
-        acc = dot(x, w, acc, PRECISION)
+        if SUM == "long":
+            more = dot(x, w, tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32), PRECISION)
+            total = acc + more
+            taken = total - acc
+            low += (acc - (total - taken)) + (more - taken)  # what the sum lost, exactly (Knuth)
+            acc = total
+        else:
+            acc = dot(x, w, acc, PRECISION)
     y = acc.to(tl.float32)
-    if INP_RES > 0:
+    if SUM == "long":
+        y += low
+    if SUM == "values" and INP_RES > 0:
         y *= step_of(r, INP_RES)
     return y
 
@@ -102,6 +122,7 @@ def behind_adc(
     first_output,
     n_outputs,
     p_weight_step,
+    p_code_scale,
     p_noise_scale,
     p_bound_scale,
     p_seed,
@@ -132,18 +153,27 @@ def behind_adc(
         if OUT_RES > 0:
             step = step_of(bound, OUT_RES)
             step = tl.where(step == 0, 1.0, step)
-            y = on_grid(y, step) * step
+            if p_code_scale is not None:
+                rho = tl.load(p_code_scale + o_scale, mask=m_out, other=0.0)[None, :]
+                # Added 0 to, so that no compiler fuses the product with the rounding's addition.
+                y = round_even(tl.fma(y, rho + tl.zeros_like(y), tl.zeros_like(y))) * step
+            else:
+                y = on_grid(y, step) * step
     return y, bound
 
 
-def precision_of(operand: torch.dtype) -> str:
-    """How a kernel multiplies operands of a dtype: float32 as torch's own setting says."""
+def precision_of(operand: torch.dtype, largest_code: int = 0) -> str:
+    """How a kernel multiplies operands of a dtype: float32 as torch's own setting says.
+
+    But codes up to a largest one stay exact.
+    """
     if operand == torch.int8:
         return "int8"
     if is_interpreted(behind_adc):
         return "interpreted"
     # The older torch.get_float32_matmul_precision() raises where this setting was used.
-    if operand == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    single = operand == torch.float32 and largest_code <= plan.EXACT[operand]
+    if single and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
@@ -160,6 +190,8 @@ class Periphery(NamedTuple):
     """(k, O) float32, None without a bound."""
     weight_step: Tensor | None = None
     """(k, O) float32: what the codes in int8 weights stand for, else None."""
+    code_scale: Tensor | None = None
+    """(k, O) float32: steps of the ADC for one step of the products of codes, else None."""
 
 
 def arguments(x: Operand, w: Tensor, around: Periphery) -> dict[str, Any]:
@@ -169,6 +201,7 @@ def arguments(x: Operand, w: Tensor, around: Periphery) -> dict[str, Any]:
         "p_w": w,
         "p_range": around.ranges,
         "p_weight_step": around.weight_step,
+        "p_code_scale": around.code_scale,
         "p_noise_scale": around.noise_scale,
         "p_bound_scale": around.bound_scale,
         "p_seed": around.seed if x.spec.out_noise else None,
@@ -182,6 +215,14 @@ def arguments(x: Operand, w: Tensor, around: Periphery) -> dict[str, Any]:
     }
 
 
+def _sum_of(spec: MVMSpec, operand: torch.dtype) -> str:
+    """How ``tile_product`` sums."""
+    depth = integers.depth(spec)
+    if not depth:
+        return "values"
+    return "long" if operand != torch.int8 and max(spec.in_sizes) > depth else "codes"
+
+
 def constants(x: Operand, w: Tensor, ranges: Tensor | None, block: Blocks) -> dict[str, Any]:
     """Constants of such a kernel."""
     spec = x.spec
@@ -192,11 +233,12 @@ def constants(x: Operand, w: Tensor, ranges: Tensor | None, block: Blocks) -> di
         "RANGE": range_mode(ranges, spec),
         "CONVERT": x.convert and ranges is not None,
         "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
+        "SUM": _sum_of(spec, w.dtype),
         "OUT_NOISE": float(spec.out_noise),
         "OUT_BOUND": float(spec.out_bound),
         "OUT_RES": float(spec.out_res),
         "QUADS": w.shape[0] % 4 == 0,
-        "PRECISION": precision_of(w.dtype),
+        "PRECISION": precision_of(w.dtype, integers.largest_of(spec)),
         "BLOCK_ROWS": block.rows,
         "BLOCK_OUT": block.outputs,
         "BLOCK_IN": block.inputs,

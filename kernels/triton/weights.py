@@ -7,7 +7,7 @@
     clip:     clamp(W / c, +-1) c
     noise:    W + sigma m N(0, 1), N keyed by (seed, stream 0), counter = the element's index
 
-With CODES the integers of the quantisation are written, without their step s: int8 operands.
+With CODES the integers of the quantisation are written, without their step s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from analogfx.kernels import integers, plan
+from analogfx.kernels import reference as ref
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.device import (
@@ -159,13 +161,15 @@ def modify_launch(
     seed: Tensor | None,
     out: Tensor,
     spec: MVMSpec,
+    codes: bool = False,
 ) -> Launch:
     """Weights (O, I) into ``out`` as the tiles hold them.
 
     Args:
         bound: (k, O) float32: what quantisation or the learned clip scales by, or None.
         noise_scale: (k, O) float32: what weight noise is relative to, or None.
-        out: contiguous, of w's shape; int8 for the codes of a quantisation.
+        out: contiguous, of w's shape.
+        codes: write the integers of the quantisation, not what they stand for.
     """
     return Launch(
         modify_weight,
@@ -186,7 +190,7 @@ def modify_launch(
             "TILES": len(spec.in_sizes),
             "STATES": float(spec.weight_states),
             "NOISE": float(spec.noise_std) if noise_scale is not None else 0.0,
-            "CODES": out.dtype == torch.int8,
+            "CODES": codes,
             "LONG": w.shape[1] >= blocks.ELEMENTS,
             "BLOCK": blocks.ELEMENTS,
         },
@@ -210,6 +214,28 @@ def scaled_by(peaks: Tensor, per_channel: bool, spec: MVMSpec) -> Tensor:
         return peaks
     parts = [part.amax(1, keepdim=True).expand_as(part) for part in peaks.split(spec.out_sizes, 1)]
     return torch.cat(parts, 1)
+
+
+def code_scale(peaks: Tensor, spec: MVMSpec) -> Tensor | None:
+    """(k, O) float32: ``rho`` of ``kernels.integers``; None for a site that multiplies no codes."""
+    if not integers.depth(spec):
+        return None
+    ratio = integers.ratio(spec)
+    if integers.same_maxima(spec):
+        return torch.full_like(peaks, ratio)
+    a = scaled_by(peaks, spec.bound_per_channel, spec)
+    return ref.code_scale(scaled_by(peaks, spec.weight_per_channel, spec), a, ratio)
+
+
+def weight_codes(w: Tensor, clip: Tensor | None, peaks: Tensor, spec: MVMSpec) -> Tensor:
+    """The integers of the quantisation, in w's dtype or one that holds both operands' codes."""
+    dtypes = (w.dtype, torch.float16, torch.float32)
+    most = integers.largest_of(spec)
+    dtype = next((d for d in dtypes if most <= plan.EXACT[d]), torch.float32)
+    bound = scaled_by(peaks, clip is not None or spec.weight_per_channel, spec)
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    modify_launch(w, bound, None, None, out, spec, codes=True).run()
+    return out
 
 
 def modified_weight(

@@ -152,7 +152,7 @@ def test_a_learned_clip_scales_the_bounds():
     clip = torch.full((2, 6), 0.5)
     held, scale = prepared.prepare(weight, clip, encode(SPEC._replace(bound_per_channel=True)))
     assert held.abs().max() == 0.5
-    assert_same_bits(scale, clip)
+    assert_same_bits(scale, clip.unsqueeze(0))
 
 
 @pytest.mark.parametrize("out_res", [0.0, 61.0])
@@ -161,7 +161,7 @@ def test_limits_are_the_bound_and_the_step_of_every_output(out_res):
     with torch.no_grad():
         weight[0] = 0
     spec = SPEC._replace(out_res=out_res, bound_per_channel=True)
-    bound, *steps = prepared.limits(weight.abs().amax(-1).expand(2, -1), ranges, encode(spec))
+    bound, *steps = prepared.limits(weight.abs().amax(-1).expand(1, 2, -1), ranges, encode(spec))
     assert_same_bits(bound, ranges[:, None] * 1.5 * weight.abs().amax(-1))
     assert len(steps) == bool(out_res)
     for step in steps:

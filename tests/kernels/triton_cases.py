@@ -194,8 +194,8 @@ def operands_of_the_kernels(case, d, dtype):
     whole = case.spec.inp_res and case.spec.inp_res < 512 and case.spec.range_mode != "dynamic"
     of_torch = plain.converted
 
-    def converted(x, r, spec):
-        out = of_torch(x, r, spec)
+    def converted(x, r, spec, codes=False):
+        out = of_torch(x, r, spec, codes)
         return out if whole or r is None else out.to(dtype).double()
 
     with (
