@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analogfx.kernels import prepared
+from analogfx.kernels import integers, prepared
 from analogfx.kernels import reference as ref
 from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.kernels.weights import tiles
@@ -23,7 +23,8 @@ class _Step(NamedTuple):
 
     divisor: Tensor
     """What to divide by before rounding: never 0."""
-    factor: Tensor
+    factor: Tensor | None
+    """What a code stands for; None where codes go on."""
 
 
 class _Tile(NamedTuple):
@@ -36,6 +37,8 @@ class _Tile(NamedTuple):
     """(I, O)."""
     adc: _Step | None
     bound: Tensor | None
+    code_scale: Tensor | None
+    """What makes the ADC's codes of the sum of a product of codes; None for one of values."""
 
 
 class Ready(NamedTuple):
@@ -44,7 +47,8 @@ class Ready(NamedTuple):
     tiles: list[_Tile]
     bias: Tensor | None
     operands: tuple[Tensor, Tensor | None] | None
-    """What ``prepared.linear`` takes, where ranges depend on the input."""
+    """What ``prepared.linear`` takes, where ranges depend on the input or sums go in parts."""
+    input_range: Tensor | None
     text: str
 
 
@@ -67,20 +71,27 @@ def make(
     text = encode(spec)
     held, scale = prepared.prepare(weight, clip, text)
     if spec.range_mode == "dynamic":
-        return Ready([], bias, (held, scale if spec.out_bound else None), text)
+        return Ready([], bias, (held, scale if spec.out_bound else None), None, text)
     adc = None
     if spec.out_bound:
         assert input_range is not None
         adc = prepared.limits(scale, input_range, text)
+    depth = integers.depth(spec)
+    if depth and max(spec.in_sizes) > depth:
+        return Ready([], bias, (held, adc), input_range, text)
     # Few rows meet a matrix: a product reads its columns twice as fast as its rows.
     columns = held.t().contiguous()
     made = []
     for t, s in tiles(spec.in_sizes):
         r = None if input_range is None else input_range[t]
         dac = _step(ref.step_of(r, spec.inp_res)) if r is not None and spec.inp_res else None
+        if dac is not None and depth:
+            dac = dac._replace(factor=None)
         steps = None if adc is None or not spec.out_res else _step(adc[1, t])
-        made.append(_Tile(s, r, dac, columns[s], steps, None if adc is None else adc[0, t]))
-    return Ready(made, None if bias is None else ref.wide(bias), None, text)
+        bound = None if adc is None else adc[0, t]
+        rho = adc[2, t] if adc is not None and depth else None
+        made.append(_Tile(s, r, dac, columns[s], steps, bound, rho))
+    return Ready(made, None if bias is None else ref.wide(bias), None, None, text)
 
 
 def _step(step: Tensor) -> _Step:
@@ -91,7 +102,8 @@ def linear(x: Tensor, ready: Ready) -> Tensor:
     """The product: x (..., I) to (..., O) of x's dtype."""
     if ready.operands is not None:
         weight, scale = ready.operands
-        return prepared.linear(x, weight, scale, ready.bias, None, None, None, ready.text)
+        r = ready.input_range
+        return prepared.linear(x, weight, scale, ready.bias, None, r, None, ready.text)
     rows = ref.wide(x.reshape(-1, x.shape[-1]))
     total = None
     for tile in ready.tiles:
@@ -102,7 +114,10 @@ def linear(x: Tensor, ready: Ready) -> Tensor:
                 _round_(z, tile.dac)
         y = torch.mm(z, tile.weight)
         if tile.bound is not None:
-            if tile.adc is not None:
+            if tile.code_scale is not None:
+                assert tile.adc is not None and tile.adc.factor is not None
+                y.mul_(tile.code_scale).round_().mul_(tile.adc.factor)
+            elif tile.adc is not None:
                 _round_(y, tile.adc)
             ref.clamp_to(y, tile.bound, out=y)
         total = y if total is None else total.add_(y)
@@ -113,4 +128,6 @@ def linear(x: Tensor, ready: Ready) -> Tensor:
 
 
 def _round_(x: Tensor, step: _Step) -> None:
-    x.div_(step.divisor).round_().mul_(step.factor)
+    x.div_(step.divisor).round_()
+    if step.factor is not None:
+        x.mul_(step.factor)

@@ -156,7 +156,11 @@ def lightning_config(ranges="static", closed=False, noise=False, bits=254.0):
     config.pre_post.input_range.init_from_data = 0 if closed else 9
     if ranges != "static":
         setattr(config.pre_post.input_range, ranges, True)
-    config.forward.inp_res, config.forward.out_res, config.forward.out_bound = bits, bits, 2.0
+    config.forward.inp_res, config.forward.out_res, config.forward.out_bound = (
+        bits,
+        bits,
+        2.1,
+    )  # no sum of codes lies on a tie
     config.mapping.max_input_size = 2
     config.modifier.quantization_type = WeightQuantizationType.DISCRETIZE_PER_CHANNEL
     config.modifier.res = 62
