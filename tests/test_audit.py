@@ -156,7 +156,7 @@ class Untraceable(nn.Linear):
 
 LAYERS = {
     "a subclass that takes more": (lambda: Subclass(4, 4), 1.0),
-    "an untraceable subclass": (lambda: Untraceable(4, 4), 0.0),
+    "an untraceable subclass": (lambda: Untraceable(4, 4), 1.0),
     "pruned": (lambda: prune.random_unstructured(nn.Linear(4, 4, bias=False), "weight", 0.5), 1.0),
     "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 4, bias=False)), 1.0),
     "old spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4, bias=False)), 1.0),

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from analogfx.choose import Chosen
 from analogfx.config import Resolved
 from analogfx.errors import CaptureError
+from analogfx.modules import reads
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.capture import (
     default_pattern,
@@ -241,7 +242,10 @@ def _leave_others(
         listed = {site.name for site in plan.reports.get(path, ())}
         listed |= {site_name(path, name, several=False) for name in state}
         why = f"read in a forward that cannot be traced, beside that of nn.{layer.__name__}"
-        names = {n for n in multiplied(module) if site_name(path, n, several=False) not in listed}
+        # Its own forward, above the one that is traced.
+        own = getattr(module, "digital_class", type(module)).forward
+        read = reads.multiplied(module, own, {})
+        names = {n for n in read if site_name(path, n, several=False) not in listed}
         _leave(plan, path, module, chosen, why, names)
 
 

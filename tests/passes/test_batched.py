@@ -46,8 +46,6 @@ SPELLINGS = {
     "weight.bmm": (lambda s, x: s.w.bmm(x), {"w": (2, 4, 3)}, X),
     "baddbmm": (
         lambda s, x: torch.baddbmm(s.b, x, s.w), {"w": (2, 6, 4), "b": (1, 1, 4)}, X),
-    "bmm, one matrix for all": (
-        lambda s, x: torch.bmm(x, s.w.expand(2, 6, 4)), {"w": (1, 6, 4)}, X),
     "einsum": (lambda s, x: torch.einsum("bni,bio->bno", x, s.w), W, X),
     "einsum, heads last": (
         lambda s, x: torch.einsum("nbi,bio->nbo", x, s.w), W, (3, 2, 6)),
