@@ -309,7 +309,7 @@ def judge(case: Case) -> tuple[Result, Audit | None]:
             seen = analogfx.audit(analog, **case.inputs)
     except Exception as error:
         return replace(result, error=f"{type(error).__name__}: {_first(error)}"), None
-    misses = [row[0][0] for row in analogfx.tables.fold([p.parameters for p in seen.missed])]
+    misses = [row[0][0] for row in analogfx.terminal.fold([p.parameters for p in seen.missed])]
     result = replace(
         result, reported=seen.report.coverage, measured=seen.coverage, missed=tuple(misses),
         strict=strict, digital=sum(p.status == "digital" for p in seen.products),

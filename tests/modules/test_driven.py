@@ -2,6 +2,7 @@ import pytest
 import torch
 from samples import EVERYTHING, IDENTITY, after, merged, ranged
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import analogfx
 from analogfx.kernels import ready
@@ -69,3 +70,14 @@ def test_inference_makes_what_tiles_hold_once_a_call(monkeypatch):
     assert len(made) == 2
     analog(torch.randn(7, 2, 3))
     assert len(made) == 2
+
+
+def test_who_watches_ops_sees_the_products_in_inference_too():
+    layer = analogfx.analogize(nn.LSTM(16, 12), ranged()).eval()
+    x = torch.randn(3, 2, 16)
+    with torch.no_grad():
+        seen = analogfx.audit(layer, x)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+    assert seen.ok and seen.coverage == 1.0
+    assert counter.get_total_flops() == 2 * 6 * 48 * (16 + 12)
