@@ -44,7 +44,7 @@ def test_every_bit_is_the_same(layer, states, per_row, tmp_path):
         model = onnx.load(path)
         feed = {model.graph.input[0].name: x.numpy()}
         runs = [onnx_compare.onnx_runtime]
-        if not (level == "qdq" and "conv" in layer or layer == "grouped"):
+        if not ((level == "qdq" and "conv" in layer) or layer == "grouped"):
             runs.append(onnx_compare.reference_evaluator)
         if level == "fused":
             runs.append(onnx_compare.backend)
