@@ -205,7 +205,8 @@ def _weight(
         if codes is None:
             return TorchTensor(held.reshape(raw.shape).contiguous())
         assert peaks is not None
-        array = _codes(held, peaks, spec).reshape(raw.shape).cpu().numpy()
+        whole = _codes(held, peaks, spec).to(torch.int16)
+        array = whole.reshape(raw.shape).cpu().numpy()
         return ir.Tensor(array.astype(codes.numpy()), dtype=codes)
 
     modified = bool(spec.weight_states) or _clip_of(call) is not None

@@ -121,14 +121,14 @@ def linear_clipped(
         y_left, y_right = halves(y, BLOCK_ROWS, BLOCK_OUT)
         z, bound = behind_adc(
             y_left, r, tile, o_row, first_output, n_outputs, p_weight_step, p_code_scale,
-            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS,
-            HALF,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS,
+            BLOCK_ROWS, HALF,
         )  # fmt: skip
         store_bits(z, bound, p_bits, tile, o_row, first_output, n_rows, n_outputs, BLOCK_ROWS, HALF)
         z, bound = behind_adc(
             y_right, r, tile, o_row, first_output + HALF, n_outputs, p_weight_step, p_code_scale,
-            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS,
-            HALF,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS,
+            BLOCK_ROWS, HALF,
         )  # fmt: skip
         store_bits(
             z, bound, p_bits, tile, o_row, first_output + HALF, n_rows, n_outputs, BLOCK_ROWS, HALF

@@ -160,8 +160,8 @@ def linear_forward(
         y_left, y_right = halves(y, BLOCK_ROWS, BLOCK_OUT)
         y_left, bound = behind_adc(
             y_left, r, tile, o_row, first_output, n_outputs, p_weight_step, p_code_scale,
-            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS,
-            HALF,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS,
+            BLOCK_ROWS, HALF,
         )  # fmt: skip
         left += clamped(
             y_left, bound, tile, row, first_output, n_rows, n_outputs, p_marks, OUT_BOUND,
@@ -169,8 +169,8 @@ def linear_forward(
         )  # fmt: skip
         y_right, bound = behind_adc(
             y_right, r, tile, o_row, first_output + HALF, n_outputs, p_weight_step, p_code_scale,
-            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS, BLOCK_ROWS,
-            HALF,
+            p_noise_scale, p_bound_scale, p_seed, OUT_NOISE, OUT_BOUND, OUT_RES, QUADS,
+            BLOCK_ROWS, HALF,
         )  # fmt: skip
         right += clamped(
             y_right, bound, tile, row, first_output + HALF, n_rows, n_outputs, p_marks, OUT_BOUND,

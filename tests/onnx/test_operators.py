@@ -24,7 +24,7 @@ def run(operator, *inputs):
     given = (
         inputs[0]
         if isinstance(inputs[0], dict)
-        else dict(zip(operator.inputs, inputs, strict=True))
+        else dict(zip(operator.inputs, inputs, strict=False))  # optional ones may be left out
     )
     given = {name: np.asarray(t) for name, t in given.items()}
     values = {
