@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import analogfx
 from analogfx import chip
@@ -108,3 +109,71 @@ def test_what_is_no_time(text):
 
 def test_names_of_times():
     assert [named(t) for t in (0, 1, 3600, 86400, 3.1536e8)] == ["0 s", "1 s", "1 h", "1 d", "10 y"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+
+IDS = torch.arange(12).view(2, 6)
+MODELS = {
+    "CNN": lambda: (
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(),
+            nn.Linear(64, 4),
+        ),
+        torch.randn(3, 1, 8, 8),
+    ),
+    "GPT-2": lambda: (
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=2, n_positions=16,
+                       bos_token_id=0, eos_token_id=0)
+        ),
+        IDS,
+    ),
+    "Llama": lambda: (
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                        num_attention_heads=2)
+        ),
+        IDS,
+    ),
+    "LSTM": lambda: (Recurrent(), torch.randn(2, 5, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_from_config_have_a_lifetime_and_a_chip_that_comes_back(name, tmp_path):
+    torch.manual_seed(0)
+    digital, x = MODELS[name]()
+    analog = analogfx.analogize(digital.eval(), analogfx.recipes.afm(), strict=True)
+    analogfx.calibrate(analog, [x], progress=False)
+    analog.eval()
+
+    def output(model):
+        y = model(x)
+        return getattr(y, "logits", y)
+
+    with torch.no_grad():
+        exact = output(analog)
+    life = analogfx.evaluate(
+        analog,
+        lambda model: (output(model) - exact).square().mean().sqrt(),
+        noise_model=chip.PCMLikeNoiseModel(),
+        times=(1.0, 3e7),
+        chips=3,
+        progress=False,
+    )
+    assert 0 < life.mean[0] < life.mean[1]  # without compensation, drift moves outputs away
+    device = analogfx.program(analog, chip.PCMLikeNoiseModel(), seed=4)
+    device.save(tmp_path)
+    again = analogfx.load_device(analog, tmp_path)
+    with torch.no_grad(), device.at(3600.0, read=0):
+        first = output(analog)
+    with torch.no_grad(), again.at(3600.0, read=0):
+        assert torch.equal(output(analog), first)
