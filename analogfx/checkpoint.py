@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 import sys
 import warnings
 from collections import OrderedDict
@@ -33,9 +32,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 SCHEMA = 2
 """1 had no checksum of the record, no list of ties and no versions; it is still read."""
 CONFIG_FILE = "analogfx.json"
-_TENSOR_FILE = re.compile(r"model-([0-9a-z_]{8})\.safetensors")
-_RECORD_BYTES = 1 << 25
-_RECORD_DEPTH = 12
 _UNLIMITED = sys.maxsize
 
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -347,13 +343,13 @@ def _commit(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) ->
             record["tensors"] = {
                 "file": place.name,
                 "bytes": written.stat().st_size,
-                "sha256": _sha256(written),
+                "sha256": files.sha256(written),
             }
             text = files.sealed(record)
-            if len(text) > _RECORD_BYTES:
+            if len(text) > files.RECORD_BYTES:
                 raise CheckpointError(
                     f"{folder}: {CONFIG_FILE} would have {len(text)} bytes; "
-                    f"expected at most {_RECORD_BYTES}"
+                    f"expected at most {files.RECORD_BYTES}"
                 )
             files.write_synced(scratch / CONFIG_FILE, text)
             os.replace(written, place)
@@ -361,36 +357,7 @@ def _commit(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) ->
             os.replace(scratch / CONFIG_FILE, folder / CONFIG_FILE)
             files.sync(folder)
     finally:
-        _tidy(folder)
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what no checkpoint needs: of killed savers, and tensors that were replaced.
-
-    A file of tensors is in use if its saver is still at work or if the record names it. Whether
-    the saver works is asked first: one that has ended is in the record by then, or never will be.
-    """
-    files.remove_abandoned(folder)
-    candidates = [
-        path
-        for path in folder.iterdir()
-        if (found := _TENSOR_FILE.fullmatch(path.name)) and not files.is_saving(folder, found[1])
-    ]
-    try:
-        named = _parse(files.read_whole(folder / CONFIG_FILE, _RECORD_BYTES))["tensors"]["file"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return  # no record: nothing is known to be superfluous
-    for path in candidates:
-        if path.name != named:
-            path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        files.tidy(folder, CONFIG_FILE, "model")
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -419,7 +386,7 @@ def _read(folder: Path) -> _Stored:
     """
     seen = None
     while True:
-        text = _read_file(folder, CONFIG_FILE, _RECORD_BYTES)
+        text = _read_file(folder, CONFIG_FILE, files.RECORD_BYTES)
         record, configs = _checked(folder, text)
         entry = record["tensors"]
         place = folder / entry["file"]
@@ -465,7 +432,7 @@ def _read_file(folder: Path, name: str, limit: int) -> bytearray:
 
 
 def _parse(text: bytearray) -> Any:
-    return files.parse_json(text, _RECORD_DEPTH)
+    return files.parse_json(text, files.RECORD_DEPTH)
 
 
 def _checked(
@@ -494,7 +461,7 @@ def _checked(
 def _check_types(record: dict[str, Any]) -> None:
     """Refuse a record whose entries are not of the kinds that they should be."""
     entry = record["tensors"]
-    if not _TENSOR_FILE.fullmatch(entry["file"]):
+    if not files.tensor_file("model").fullmatch(entry["file"]):
         raise ValueError(f"{shown(entry['file'])} is no name of a file of tensors")
     if not isinstance(entry["sha256"], str):
         raise ValueError("the tensors' checksum is no text")

@@ -16,8 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,9 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from analogfx import files
 from analogfx.chip.compensation import BaseDriftCompensation
 from analogfx.chip.model import NoiseModel
 from analogfx.chip.record import read as read_record
@@ -48,7 +47,6 @@ from analogfx.shards import whole
 
 SCHEMA = 1
 CHIP_FILE = "chip.json"
-_TENSOR_FILE = re.compile(r"chip-[0-9a-f]{8}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class Device:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the chip to a folder, for :func:`load_device`.
 
-        ``chip-<checksum>.safetensors`` holds what was programmed, ``chip.json`` the seed, and the
+        ``chip-<id>.safetensors`` holds what was programmed, ``chip.json`` the seed, and the
         noise model and compensation of every site. A save that is interrupted leaves what was
         there before.
 
@@ -209,25 +207,8 @@ class Device:
             tensors[f"{site.name}:target"] = site.target.contiguous()
             if site.peaks is not None:
                 tensors[f"{site.name}:peaks"] = site.peaks.contiguous()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            file = Path(scratch, "chip.safetensors")
-            save_file(tensors, str(file))
-            checksum = _sha256(file)
-            place = folder / f"chip-{checksum[:8]}.safetensors"
-            record = {
-                "schema": SCHEMA,
-                "seed": self.seed,
-                "tensors": {"file": place.name, "sha256": checksum},
-                "sites": sites,
-            }
-            text = Path(scratch, CHIP_FILE)
-            text.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(file, place)
-            os.replace(text, folder / CHIP_FILE)
-        for old in folder.iterdir():
-            if _TENSOR_FILE.fullmatch(old.name) and old != place:
-                old.unlink()
+        record = {"schema": SCHEMA, "seed": self.seed, "tensors": {}, "sites": sites}
+        files.commit(folder, CHIP_FILE, "chip", record, tensors)
 
 
 def program(
@@ -420,14 +401,6 @@ def _slices(sizes: tuple[int, ...]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _read_folder(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """A folder's record and tensors, once they have proved whole."""
     try:
@@ -435,7 +408,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']!r}, expected {SCHEMA}")
         file, checksum = record["tensors"]["file"], record["tensors"]["sha256"]
-        if not _TENSOR_FILE.fullmatch(file):
+        if not files.tensor_file("chip").fullmatch(file):
             raise ValueError(f"{file!r} is no name of a file of tensors")
         if not isinstance(record["seed"], int):
             raise ValueError("the seed is no whole number")
@@ -450,7 +423,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         raise CheckpointError(f"{folder / CHIP_FILE} is damaged: {error}") from error
     if not (folder / file).is_file():
         raise CheckpointError(f"{folder}: no {file}")
-    if _sha256(folder / file) != checksum:
+    if files.sha256(folder / file) != checksum:
         raise CheckpointError(f"{folder / file} is damaged: its checksum does not match")
     try:
         return record, load_file(str(folder / file))

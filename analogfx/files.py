@@ -22,9 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 if sys.platform != "win32":
     import fcntl
 
+RECORD_BYTES = 1 << 25
+"""Of the longest record that is read."""
+RECORD_DEPTH = 12
+"""How deep lists and objects of a record may be nested."""
 _PREFIX = ".saving-"
 _ABANDONED = 86400.0
 """Seconds after which a scratch folder is left over, where the system has no locks to tell."""
@@ -135,7 +142,81 @@ def check_seal(text: bytes | bytearray) -> None:
         raise ValueError("its checksum does not match")
 
 
+def sha256(path: Path) -> str:
+    """Checksum of a file, read block by block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------- writing
+
+
+def json_text(data: Any, path: str | os.PathLike[str] | None = None) -> str:
+    """Plain data as JSON, written to a file, too, if one is named."""
+    text = json.dumps(data, indent=2)
+    if path is not None:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def commit(
+    folder: Path, record_file: str, stem: str, record: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Write a record and its tensors to a folder, all of it or nothing.
+
+    Args:
+        folder: made if it does not exist.
+        record_file: name of the record.
+        stem: the tensors go into ``<stem>-<id>.safetensors``; files of that form that no record
+            names are removed.
+        record: gets an entry ``"tensors"`` with the name and the checksum of their file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with scratch(folder) as place:
+            written = place / f"{stem}-{id_of(place)}.safetensors"
+            save_file(tensors, str(written))
+            record["tensors"] = {"file": written.name, "sha256": sha256(written)}
+            text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+            write_synced(place / record_file, text.encode())
+            sync(written)
+            os.replace(written, folder / written.name)
+            sync(folder)
+            os.replace(place / record_file, folder / record_file)
+            sync(folder)
+    finally:
+        tidy(folder, record_file, stem)
+
+
+def tidy(folder: Path, record_file: str, stem: str) -> None:
+    """Remove what a record does not need: of killed savers, and tensors that were replaced.
+
+    A file of tensors is in use if its saver is still at work or if the record names it. Whether
+    the saver works is asked first: one that has ended is in the record by then, or never will be.
+    """
+    remove_abandoned(folder)
+    form = tensor_file(stem)
+    candidates = [
+        path
+        for path in folder.iterdir()
+        if (found := form.fullmatch(path.name)) and not is_saving(folder, found[1])
+    ]
+    try:
+        text = read_whole(folder / record_file, RECORD_BYTES)
+        named = parse_json(text, RECORD_DEPTH)["tensors"]["file"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # no record: nothing is known to be superfluous
+    for path in candidates:
+        if path.name != named:
+            path.unlink(missing_ok=True)
+
+
+def tensor_file(stem: str) -> re.Pattern[str]:
+    """The form of the names of files of tensors; its group is the saver's id."""
+    return re.compile(rf"{stem}-([0-9a-z_]{{8}})\.safetensors")
 
 
 def write_synced(path: Path, data: bytes) -> None:

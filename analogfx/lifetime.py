@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from analogfx import files
 from analogfx.device import key, program
 from analogfx.page.charts import band
 from analogfx.page.document import Document
@@ -94,10 +94,7 @@ class Lifetime:
             "std": [None if math.isnan(v) else v for v in self.std],
             "rows": [row._asdict() for row in self.rows],
         }
-        text = json.dumps(record, indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return files.json_text(record, path)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """All measurements, one a line: chip, seed, seconds, value."""

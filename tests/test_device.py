@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import analogfx
-from analogfx import chip
+from analogfx import chip, files
 from analogfx.errors import CheckpointError, ConfigError
 from analogfx.kernels import noise
 
@@ -402,3 +402,19 @@ def test_compiled_models_follow_the_chip_without_recompiling(backend):
                     torch.testing.assert_close(compiled(x), analog(x))
             torch.testing.assert_close(compiled(x), outside)
     torch._dynamo.reset()
+
+
+def test_another_saver_tidies_around_a_chip_that_is_being_saved(tmp_path, monkeypatch):
+    analog = analogfx.analogize(nn.Linear(4, 3), analogfx.TorchInferenceRPUConfig()).eval()
+    write = files.save_file
+
+    def meanwhile(*arguments, **options):
+        files.remove_abandoned(tmp_path)  # as every save of a checkpoint there does
+        write(*arguments, **options)
+
+    monkeypatch.setattr(files, "save_file", meanwhile)
+    device = analogfx.program(analog, chip.PCMLikeNoiseModel())
+    device.save(tmp_path)
+    device.save(tmp_path)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
+    analogfx.load_device(analog, tmp_path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import TextIO
 
+from analogfx import files
 from analogfx.commands.common import add_model, add_output, saved_model, show
 from analogfx.page.charts import shares
 from analogfx.page.document import Document
@@ -37,10 +36,7 @@ class _Shown:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """As JSON, written to a file if one is named."""
-        text = json.dumps(self.found.to_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return files.json_text(self.found.to_dict(), path)
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
         """Every product, one a line; sizes joined by x."""

@@ -37,3 +37,20 @@ def spread(values: Sequence[float]) -> float:
         return math.nan
     middle = mean(values)
     return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
+
+
+class OverChips:
+    """What was measured on several chips."""
+
+    values: tuple[float, ...]
+    """The metric, of each chip."""
+
+    @property
+    def mean(self) -> float:
+        """Over chips."""
+        return mean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Unbiased, over chips; NaN for one."""
+        return spread(self.values)

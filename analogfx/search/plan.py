@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import heapq
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from analogfx import files
 from analogfx.api import analogize
 from analogfx.choose import choose
 from analogfx.config import TorchInferenceRPUConfig, as_config
 from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.search.measure import Metric, chip_seed, mean, measure, spread
+from analogfx.search.measure import Metric, OverChips, chip_seed, mean, measure
 from analogfx.search.perturb import Perturbation, as_perturbation
 from analogfx.search.sensitivity import analog_modules, module_weights
 from analogfx.tables import table
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(OverChips):
     """A state of the search."""
 
     module: str
@@ -38,16 +37,6 @@ class Step:
     cost: float
     exempted: float
     """Share of the analog weights that have not the base config."""
-
-    @property
-    def mean(self) -> float:
-        """Over chips."""
-        return mean(self.values)
-
-    @property
-    def std(self) -> float:
-        """Unbiased, over chips; NaN for one."""
-        return spread(self.values)
 
 
 @dataclass(frozen=True)
@@ -112,10 +101,7 @@ class Plan:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """:meth:`to_dict` as JSON, written to a file if one is named."""
-        text = json.dumps(self.to_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return files.json_text(self.to_dict(), path)
 
     def plot(self, path: str | os.PathLike[str], label: str = "metric") -> None:
         """Draw the metric over the share of exempted weights; needs matplotlib.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from analogfx import files
 from analogfx.device import key
 from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
@@ -20,7 +19,7 @@ from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.page.charts import bars
 from analogfx.page.document import Document
 from analogfx.search.journal import Journal
-from analogfx.search.measure import Metric, chip_seed, mean, measure, spread
+from analogfx.search.measure import Metric, OverChips, chip_seed, mean, measure
 from analogfx.search.perturb import as_perturbation
 from analogfx.tables import table, write_csv
 from analogfx.unset import warn_unset
@@ -29,7 +28,7 @@ MODES = ("alone", "all_but")
 
 
 @dataclass(frozen=True)
-class ModuleSensitivity:
+class ModuleSensitivity(OverChips):
     """What became of the metric when one module was perturbed, or all others."""
 
     name: str
@@ -40,16 +39,6 @@ class ModuleSensitivity:
     """The metric, of each chip."""
     effect: float
     """Mean of the values less that of what they are compared with."""
-
-    @property
-    def mean(self) -> float:
-        """Over chips."""
-        return mean(self.values)
-
-    @property
-    def std(self) -> float:
-        """Unbiased, over chips; NaN for one."""
-        return spread(self.values)
 
 
 @dataclass(frozen=True)
@@ -131,10 +120,7 @@ class Sensitivity:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """:meth:`to_dict` as JSON, written to a file if one is named."""
-        text = json.dumps(self.to_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return files.json_text(self.to_dict(), path)
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
         """Every measurement, one a line, to a file or an open stream."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
+from analogfx import files
 from analogfx.errors import ConfigError, Conflict
 from analogfx.hardware import HOROWITZ_INT8, DigitalReference, Hardware
 from analogfx.tables import fold, table, write_csv
@@ -170,10 +169,7 @@ class Cost:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """:meth:`to_dict` as JSON, written to a file if one is named."""
-        text = json.dumps(self.to_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return files.json_text(self.to_dict(), path)
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
         """Every site, one a line, to a file or an open stream; what is not known is empty."""

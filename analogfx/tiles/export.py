@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from analogfx import files
@@ -26,7 +22,6 @@ from analogfx.tiles.tile_map import TileMap, tile_map
 
 SCHEMA = 1
 RECORD = "tiles.json"
-_TENSORS = re.compile(r"tiles-[0-9a-z_]{8}\.safetensors")
 _LARGEST_CODE = 32767
 
 
@@ -108,7 +103,9 @@ def export_tiles(
         "sites": sites,
         "tiles": tiles,
     }
-    return _write(Path(directory), record, tensors)
+    whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    files.commit(Path(directory), RECORD, "tiles", record, whole)
+    return Path(directory) / RECORD
 
 
 _Matrices = list[tuple[str, Tensor]]
@@ -203,25 +200,3 @@ def _on_crossbar(matrix: Tensor, tile: Tile) -> Tensor:
         rows = slice(group * height, (group + 1) * height)
         out[..., rows, group * width : (group + 1) * width] = block
     return out
-
-
-def _write(folder: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Tensors first, under a name of their own; the record's rename is the commit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files.remove_abandoned(folder)
-    with files.scratch(folder) as scratch:
-        name = f"tiles-{files.id_of(scratch)}.safetensors"
-        whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        save_file(whole, str(scratch / name))
-        checksum = hashlib.sha256((scratch / name).read_bytes()).hexdigest()
-        record["tensors"] = {"file": name, "sha256": checksum}
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        files.write_synced(scratch / RECORD, text.encode())
-        files.sync(scratch / name)
-        os.replace(scratch / name, folder / name)
-        os.replace(scratch / RECORD, folder / RECORD)
-        files.sync(folder)
-    for old in folder.iterdir():
-        if _TENSORS.fullmatch(old.name) and old.name != name:
-            old.unlink()
-    return folder / RECORD

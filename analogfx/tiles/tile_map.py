@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from torch import nn
 
+from analogfx import files
 from analogfx.errors import ConfigError, Conflict
 from analogfx.modules.sites import unwrapped
 from analogfx.tables import fold, table, write_csv
@@ -184,10 +183,7 @@ class TileMap:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """:meth:`to_dict` as JSON, written to a file if one is named."""
-        text = json.dumps(self.to_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return files.json_text(self.to_dict(), path)
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
         """Every tile, one a line, to a file or an open stream; spans as their two ends."""
