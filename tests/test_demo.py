@@ -7,7 +7,7 @@ import torch
 import analogfx
 from analogfx import cli, demo
 
-SETTINGS = demo.Settings(epochs=1, draws=2, strengths=(0.0, 0.1))
+SETTINGS = demo.Settings(epochs=1, draws=2, strengths=(0.0, 0.1), times=(1.0, 86400.0))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,31 @@ def test_summary_holds_what_reproduces_it(quick_run):
     assert rows[0]["mapped"]["std"] == 0
 
 
-def test_figure_is_a_picture(quick_run):
+def test_a_trained_and_compensated_model_outlives_a_mapped_one(quick_run):
+    _, summary = quick_run
+    rows = summary["lifetime"]
+    assert [row["seconds"] for row in rows] == summary["settings"]["times"]
+    first, last = rows[0], rows[-1]
+    best = last["hardware_aware_compensated"]
+    assert best["mean"] > first["hardware_aware_compensated"]["mean"] - 0.02
+    assert best["mean"] > last["mapped"]["mean"] + 0.05
+    assert last["mapped_compensated"]["mean"] > last["mapped"]["mean"]
+    for row in rows:
+        for arm in row.keys() - {"seconds"}:
+            assert 0 <= row[arm]["low"] <= row[arm]["mean"] <= row[arm]["high"] <= 1
+
+
+def test_the_table_shows_the_lifetime(quick_run):
+    _, summary = quick_run
+    mean = summary["lifetime"][-1]["hardware_aware_compensated"]["mean"]
+    line = next(line for line in demo.table(summary).splitlines() if line.startswith("  10 y"))
+    assert line.split("±")[3].split()[-1] == f"{100 * mean:.1f}"
+
+
+@pytest.mark.parametrize("name", [demo.FIGURE, demo.LIFETIME])
+def test_figures_are_pictures(quick_run, name):
     out, _ = quick_run
-    assert (out / demo.FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_placement_is_the_report(quick_run):
@@ -78,6 +100,7 @@ def test_progress_is_shown_on_stderr(tmp_path, capsys):
     demo.run(tmp_path, SETTINGS)
     captured = capsys.readouterr()
     stages = ["digital training", "goes on", "hardware-aware training", "programming noise"]
+    stages.append("chips over time")
     assert all(stage in captured.err for stage in stages)
     assert captured.out == ""
 
