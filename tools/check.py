@@ -57,6 +57,13 @@ def check_oracle() -> bool:
     return run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", AIHWKIT)
 
 
+def check_site() -> bool:
+    """The documentation as a site, without a broken link or another warning."""
+    with tempfile.TemporaryDirectory() as folder:
+        build = ("mkdocs", "build", "--quiet", "-f", "tools/site/mkdocs.yml", "-d", folder)
+        return run(sys.executable, "-m", *build)
+
+
 def check_tests() -> bool:
     """The test suite, the README's code blocks included."""
     return run(sys.executable, "-m", "pytest")
@@ -68,6 +75,7 @@ CHECKS = {
     "types": check_types,
     "layers": check_layers,
     "kernels": check_kernels,
+    "site": check_site,
     "oracle": check_oracle,
     "tests": check_tests,
 }
