@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +56,8 @@ def analogize(
             them: give them to :func:`load` again.
 
     Returns:
-        The analog model; ``model`` itself with ``inplace``.
+        The analog model; ``model`` itself with ``inplace``. A model in which no product became
+        analog, though a config was given, is a warning.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -76,6 +78,9 @@ def analogize(
     plan = make_plan(model, chosen, Path(debug_dir) if debug_dir is not None else None, passes)
     if strict:
         check_strict(Report(plan.sites))
+    if not plan.placements and any(choice.config is not None for choice in chosen.values()):
+        why = f"{len(plan.sites)} stay digital, see report()" if plan.sites else "it has none"
+        warnings.warn(f"no product of {type(model).__name__} became analog: {why}", stacklevel=2)
     analog = model if inplace else copy.deepcopy(model)
     modules = dict(analog.named_modules())
     state = {

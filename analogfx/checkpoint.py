@@ -161,6 +161,8 @@ def load(
             "torch.distributed.checkpoint"
         )
     stored = _read(folder)
+    if not stored.configs:
+        warnings.warn(f"{folder}: no layer of the checkpoint is analog", stacklevel=2)
     if stored.passes != [pass_name(step) for step in passes]:
         raise CheckpointError(
             f"{folder}: the model was made with the passes {shown(stored.passes)}; found "

@@ -297,7 +297,8 @@ def bits(width: int) -> int:
 def doubts(config: TorchInferenceRPUConfig) -> list[str]:
     """Return a sentence for every field that can run and is probably not what was meant.
 
-    8, 10 and 12 are usual widths of converters in bits, and no number of steps that one has.
+    8, 10 and 12 are usual widths of converters in bits, and no number of steps that one has. 255
+    and its like leave the ends of the range without a level.
     """
     found = []
     for name in ("inp_res", "out_res"):
@@ -306,6 +307,12 @@ def doubts(config: TorchInferenceRPUConfig) -> list[str]:
             found.append(
                 f"forward.{name} = {value:g} is a quantizer of {value:g} steps; "
                 f"for {value:g} bits set analogfx.bits({value:g}), that is {bits(int(value))}"
+            )
+        elif value in (31, 63, 127, 255, 511, 1023, 4095, 65535):
+            width = int(value).bit_length()
+            found.append(
+                f"forward.{name} = {value:g} is odd, so that an end of the range lies between two "
+                f"levels; for {width} bits set analogfx.bits({width}), that is {bits(width)}"
             )
     return found
 

@@ -761,3 +761,10 @@ def test_activation_checkpointing_changes_nothing(use_reentrant, name):
 def test_report_is_ready_for_json():
     analog = analogfx.analogize(gpt2(), COARSE)
     assert json.loads(json.dumps(analogfx.report(analog).to_dict()))["coverage"] == 1.0
+
+
+def test_a_model_without_an_analog_product_is_a_warning():
+    with pytest.warns(UserWarning, match="no product of ReLU became analog: it has none"):
+        analogfx.analogize(torch.nn.ReLU(), analogfx.TorchInferenceRPUConfig())
+    left = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    analogfx.analogize(left, {"*": None})  # was asked for

@@ -590,7 +590,12 @@ class TestBits:
         (sentence,) = own.doubts(make(**{path: 8}))
         assert path.replace("__", ".") in sentence and "analogfx.bits(8), that is 254" in sentence
 
-    @pytest.mark.parametrize("value", [-1, 0, 0.125, 2, 3, 4, 6, 7, 14, 15, 16, 62, 254, 255, 256])
+    @pytest.mark.parametrize("path", ["forward__inp_res", "forward__out_res"])
+    def test_an_odd_count_of_steps_is_doubted(self, path):
+        (sentence,) = own.doubts(make(**{path: 255}))
+        assert "is odd" in sentence and "analogfx.bits(8), that is 254" in sentence
+
+    @pytest.mark.parametrize("value", [-1, 0, 0.125, 2, 3, 4, 6, 7, 14, 15, 16, 62, 254, 256])
     def test_other_resolutions_are_not(self, value):
         assert own.doubts(make(forward__inp_res=value)) == []
 
