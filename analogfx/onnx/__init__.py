@@ -29,6 +29,7 @@ def export_onnx(
     noise: bool = False,
     seed: int = 0,
     verify: bool = True,
+    golden: int = 0,
 ) -> None:
     """Write an analog model as an ONNX file that stock ONNX Runtime runs.
 
@@ -56,6 +57,9 @@ def export_onnx(
         verify: run the file on the given inputs and on other sizes of its free axes, and compare it
             with the model, site by site and as a whole. A file with noise is run, and compared
             with zeros in the place of its random numbers.
+        golden: number of calls whose inputs, outputs and codes of every site are written beside the
+            file, into ``<name>.golden.safetensors`` (docs/onnx/golden.md), for a toolchain to
+            check itself. They are made from the example call, the first of them.
 
     Warns:
         UserWarning: an axis that ought to be free is fixed, there is no noise to add, or at level
@@ -82,6 +86,7 @@ def export_onnx(
         noise=noise,
         seed=seed,
         verify=verify,
+        golden=golden,
     )
 
 
