@@ -1,16 +1,16 @@
 """Whether every program finds the same ADC codes: ``python tools/same_bits.py``.
 
 Four models from configs (ViT, ResNet, GPT-2, Llama), with 4- and 8-bit weights, 8-bit converters
-and several tiles a site, run in eager PyTorch, in a graph of ``torch.compile(backend="analogfx")``,
-in the Triton kernels (in Triton's interpreter), as ONNX files of every level in ONNX Runtime, and in
-a reader of such a file in NumPy (docs/examples/golden.py, on the inputs of eager PyTorch's sites);
+and several tiles a site, run in eager PyTorch, as a graph of the backend, in the
+Triton kernels (in Triton's interpreter), as ONNX files of every level in ONNX Runtime, and in a
+reader of such a file in NumPy (docs/examples/golden.py, on the inputs of eager PyTorch's sites);
 all that again in a process whose PyTorch keeps to AVX2, and in one without vector instructions.
 
 Every site of every program is held against eager PyTorch on the very input that the site saw there:
 
 - *ADC codes apart* are outputs that differ by half a step of the ADC or more. The command fails
   unless there are none.
-- *rounded apart* are outputs of the same codes whose bits differ: sums of tiles and biases in float.
+- *rounded apart* are outputs of the same codes whose bits differ, by rounding of sums of tiles.
 
 What a program does between sites (norms, softmax, activations) is float arithmetic, which rounds in
 its own way, and may carry a value over a tie of the next DAC:

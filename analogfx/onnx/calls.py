@@ -88,8 +88,8 @@ Observer = Callable[[int, Tensor, Tensor], None]
 class _Numbering(TorchFunctionMode):
     """Turns the fused ops of one module's forward into provisional ones, numbered as they come.
 
-    With an observer the fused ops stay, and it is told of each. A driven module calls its sites many
-    times: a parameter tells which one it is.
+    With an observer the fused ops stay, and it is told of each. A driven module calls its sites
+    many times: a parameter tells which one it is.
     """
 
     def __init__(self, first: int, weights: Sequence[Tensor], observe: Observer | None) -> None:

@@ -58,6 +58,11 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="N",
         help="write the codes of N calls beside the file, for a toolchain to check itself",
     )
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="a causal language model takes and returns keys and values of its attention",
+    )
     parser.set_defaults(run=_run_export)
 
 
@@ -106,6 +111,7 @@ def _run_export(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         verify=not arguments.no_verify,
         golden=arguments.golden,
+        cache=arguments.cache,
     )
     print(load_onnx_sites(arguments.out))
     print(f"\nWritten to {arguments.out.resolve()}")

@@ -28,6 +28,7 @@ from analogfx.onnx import arguments, storage
 from analogfx.onnx import golden as golden_vectors
 from analogfx.onnx import noise as draws
 from analogfx.onnx import verify as verification
+from analogfx.onnx.cache import name_inputs, with_cache
 from analogfx.onnx.calls import SiteCall
 from analogfx.onnx.capture import Captured, line
 from analogfx.onnx.levels import LEVELS
@@ -61,6 +62,7 @@ def export(
     seed: int,
     verify: bool,
     golden: int,
+    cache: bool,
 ) -> None:
     """See :func:`analogfx.export_onnx`."""
     _check_request(analog, kwargs, level, opset, seed, golden)
@@ -72,14 +74,19 @@ def export(
             "export_onnx() outside of device.at()"
         )
     target = storage.place(path)
-    kwargs = arguments.in_order(analog, args, kwargs)
     if noise:
         draws.check_opset(opset)
     modes = {module: module.training for module in analog.modules()}
     analog.eval()
     try:
+        if cache:
+            analog, kwargs, dynamic_shapes = with_cache(analog, args, kwargs)
+            args = ()
+        kwargs = arguments.in_order(analog, args, kwargs)
         _check_call(analog, args, kwargs)
         captured = capture_sized(analog, args, kwargs, dynamic_shapes, opset)
+        if cache:
+            name_inputs(captured.model.graph)
         known = {name for name, _ in analog.named_parameters(remove_duplicate=False)}
         written = _lower(captured, level, opset, seed if noise else None, known)
         _annotate(captured.model, analog, level, written)
@@ -100,7 +107,7 @@ def export(
                 load(file)(arguments.tensors_of(arguments.bound(analog, args, kwargs)))
                 file = draws.without_draws(file)
             probes = [probe for w in written for probe in w.probes]
-            verification.check(file, analog, args, kwargs, probes)
+            verification.check(file, analog, args, kwargs, probes, lengths=not cache)
 
         beside: golden_vectors.Vectors = {}
         if golden:
