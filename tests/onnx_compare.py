@@ -76,7 +76,7 @@ def compare(path, analog, inputs, run=onnx_runtime):
         The counts; raises AssertionError where the two disagree.
     """
     model = onnx.load(path)
-    calls = _calls(model, load_onnx_sites(path).sites)
+    calls = calls_of(model, load_onnx_sites(path).sites)
     ends = [name for _, x, y in calls for name in (x, y)]
     outputs = [o.name for o in model.graph.output]
     known = {*outputs, *(i.name for i in model.graph.input)}
@@ -150,7 +150,7 @@ def _assert_digital(found, expected, what):
         )
 
 
-def _calls(model, sites):
+def calls_of(model, sites):
     """(site, name of its input, name of its output) of every call, in the order of the graph."""
     places = {}
     constants = {t.name for t in model.graph.initializer} | {""}

@@ -29,6 +29,8 @@ def export_onnx(
     noise: bool = False,
     seed: int = 0,
     verify: bool = True,
+    golden: int = 0,
+    cache: bool = False,
 ) -> None:
     """Write an analog model as an ONNX file that stock ONNX Runtime runs.
 
@@ -56,6 +58,13 @@ def export_onnx(
         verify: run the file on the given inputs and on other sizes of its free axes, and compare it
             with the model, site by site and as a whole. A file with noise is run, and compared
             with zeros in the place of its random numbers.
+        golden: number of calls whose inputs, outputs and codes of every site are written beside the
+            file, into ``<name>.golden.safetensors`` (docs/onnx/golden.md), for a toolchain to
+            check itself. They are made from the example call, the first of them.
+        cache: for causal language models of transformers: the file takes the keys and values of the
+            tokens so far, ``past_key_values.0.key`` and so on, and returns ``present.0.key`` and so
+            on, so that each step of a loop computes its new tokens alone. The example has
+            ``input_ids``; batch, sequence and past are free.
 
     Warns:
         UserWarning: an axis that ought to be free is fixed, there is no noise to add, or at level
@@ -82,6 +91,8 @@ def export_onnx(
         noise=noise,
         seed=seed,
         verify=verify,
+        golden=golden,
+        cache=cache,
     )
 
 

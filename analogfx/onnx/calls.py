@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,15 +81,21 @@ class SiteCall:
 # ---------------------------------------------------------------------------------- in torch
 
 
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Takes the number of a site, its input and its output."""
+
+
 class _Numbering(TorchFunctionMode):
     """Turns the fused ops of one module's forward into provisional ones, numbered as they come.
 
-    A driven module calls its sites many times: a parameter tells which one it is.
+    With an observer the fused ops stay, and it is told of each. A driven module calls its sites
+    many times: a parameter tells which one it is.
     """
 
-    def __init__(self, first: int, weights: Sequence[Tensor]) -> None:
+    def __init__(self, first: int, weights: Sequence[Tensor], observe: Observer | None) -> None:
         super().__init__()
         self.first = first
+        self.observe = observe
         self.weights = weights
         self.counted = itertools.count(first)
         self.seen: set[int] = set()
@@ -108,9 +114,19 @@ class _Numbering(TorchFunctionMode):
         *operands, spec = args
         number = self._number(operands[1])
         self.seen.add(number)
-        window = "".join(operands[6:])
         # The fused ops' other outputs are for the backward.
-        return SITE(*operands[:4], number, window, spec), None, None
+        return self._site(func, number, *operands, spec), None, None
+
+    def _site(self, func: Any, number: int, x: Tensor, *rest: Any) -> Tensor:
+        """One call of a site, with the arguments of a fused op."""
+        y: Tensor
+        if self.observe is None:
+            *operands, spec = rest
+            y = SITE(x, *operands[:3], number, "".join(operands[5:]), spec)
+            return y
+        y = func(x, *rest)[0]
+        self.observe(number, x, y)
+        return y
 
     def _experts(
         self,
@@ -127,15 +143,17 @@ class _Numbering(TorchFunctionMode):
         count = weight.shape[0]
         one = encode(experts.of_one(decode(MVMSpec, spec), count))
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        clips = [None] * count if clip is None else clip.chunk(count, 1)
         numbers = [next(self.counted) for _ in range(count)]
         self.seen.add(numbers[0])
         out = None
         for e in reversed(range(count)):
             of_expert = None if bias is None else bias[e]
             ranges = experts.range_of(input_range, e)
-            y = SITE(x, weight[e], of_expert, ranges, numbers[e], "", one)
-            rest = torch.zeros_like(y) if out is None else out
-            out = torch.where(rows < offsets[e], y, rest)
+            rest = weight[e], of_expert, ranges, clips[e], None, one
+            y = self._site(_FUSED[0], numbers[e], x, *rest)
+            behind = torch.zeros_like(y) if out is None else out
+            out = torch.where(rows < offsets[e], y, behind)
         assert out is not None
         return out
 
@@ -165,13 +183,13 @@ def _of_expert(site: AnalogSite, expert: int, module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def numbered(analog: nn.Module) -> Iterator[None]:
-    """A context in which the sites of a model run as provisional ops."""
+def numbered(analog: nn.Module, observe: Observer | None = None) -> Iterator[None]:
+    """A context in which the sites of a model run as provisional ops, or are observed."""
     first, placements = 0, []
     for path, module in analog.named_modules():
         if isinstance(module, AnalogModule):
             placement = module._analog
-            placement.forward = functools.partial(_forward, path, first)  # type: ignore
+            placement.forward = functools.partial(_forward, path, first, observe)  # type: ignore
             placements.append(placement)
             first += sum(len(parts(site)) for site in placement.sites)
     try:
@@ -182,11 +200,16 @@ def numbered(analog: nn.Module) -> Iterator[None]:
 
 
 def _forward(
-    path: str, first: int, module: AnalogModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    path: str,
+    first: int,
+    observe: Observer | None,
+    module: AnalogModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     placement = module._analog
     weights = [site.weight(module) for site in placement.sites] if is_driven(module) else []
-    with _Numbering(first, weights) as numbering:
+    with _Numbering(first, weights, observe) as numbering:
         out = type(placement).forward(placement, module, args, kwargs)
     if len(numbering.seen) != len(placement.sites):
         raise OnnxError(

@@ -51,6 +51,18 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--noise", action="store_true", help="add the config's training noise")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise")
     parser.add_argument("--no-verify", action="store_true", help="do not run the file")
+    parser.add_argument(
+        "--golden",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write the codes of N calls beside the file, for a toolchain to check itself",
+    )
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="a causal language model takes and returns keys and values of its attention",
+    )
     parser.set_defaults(run=_run_export)
 
 
@@ -58,6 +70,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "List the analog sites of an ONNX file."
     parser = commands.add_parser("inspect", help=text, description=text)
     parser.add_argument("file", type=Path, metavar="FILE", help="what export wrote")
+    parser.add_argument("--json", action="store_true", help="the record of the sites as JSON")
     parser.set_defaults(run=_run_inspect)
 
 
@@ -97,13 +110,16 @@ def _run_export(arguments: argparse.Namespace) -> None:
         noise=arguments.noise,
         seed=arguments.seed,
         verify=not arguments.no_verify,
+        golden=arguments.golden,
+        cache=arguments.cache,
     )
     print(load_onnx_sites(arguments.out))
     print(f"\nWritten to {arguments.out.resolve()}")
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:
-    print(load_onnx_sites(arguments.file))
+    found = load_onnx_sites(arguments.file)
+    print(found.to_json() if arguments.json else found)
 
 
 def _factory(name: str) -> nn.Module:

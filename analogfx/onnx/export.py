@@ -6,7 +6,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ import analogfx
 from analogfx.errors import OnnxError
 from analogfx.held import any_held
 from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.sites import sites
 from analogfx.onnx import arguments, storage
+from analogfx.onnx import golden as golden_vectors
 from analogfx.onnx import noise as draws
 from analogfx.onnx import verify as verification
+from analogfx.onnx.cache import name_inputs, with_cache
 from analogfx.onnx.calls import SiteCall
 from analogfx.onnx.capture import Captured, line
 from analogfx.onnx.levels import LEVELS
@@ -58,24 +61,34 @@ def export(
     noise: bool,
     seed: int,
     verify: bool,
+    golden: int,
+    cache: bool,
 ) -> None:
     """See :func:`analogfx.export_onnx`."""
-    _check_request(analog, kwargs, level, opset, seed)
+    _check_request(analog, kwargs, level, opset, seed, golden)
+    if golden and noise:
+        raise OnnxError("golden vectors are of a file without noise: leave out noise or golden")
     if any_held():
         raise OnnxError(
             f"{type(analog).__name__} is on a chip here: a file holds the exact weights, so call "
             "export_onnx() outside of device.at()"
         )
     target = storage.place(path)
-    kwargs = arguments.in_order(analog, args, kwargs)
     if noise:
         draws.check_opset(opset)
     modes = {module: module.training for module in analog.modules()}
     analog.eval()
     try:
+        if cache:
+            analog, kwargs, dynamic_shapes = with_cache(analog, args, kwargs)
+            args = ()
+        kwargs = arguments.in_order(analog, args, kwargs)
         _check_call(analog, args, kwargs)
         captured = capture_sized(analog, args, kwargs, dynamic_shapes, opset)
-        written = _lower(captured, level, opset, seed if noise else None)
+        if cache:
+            name_inputs(captured.model.graph)
+        known = {name for name, _ in analog.named_parameters(remove_duplicate=False)}
+        written = _lower(captured, level, opset, seed if noise else None, known)
         _annotate(captured.model, analog, level, written)
         if noise and not any(w.draws() for w in written):
             warnings.warn(
@@ -94,9 +107,17 @@ def export(
                 load(file)(arguments.tensors_of(arguments.bound(analog, args, kwargs)))
                 file = draws.without_draws(file)
             probes = [probe for w in written for probe in w.probes]
-            verification.check(file, analog, args, kwargs, probes)
+            verification.check(file, analog, args, kwargs, probes, lengths=not cache)
 
+        beside: golden_vectors.Vectors = {}
+        if golden:
+            labels = {w.number: (w.site, [probe.label for probe in w.probes]) for w in written}
+            graph = captured.model.graph
+            names = [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs]
+            beside = golden_vectors.vectors(analog, args, kwargs, golden, labels, names)
         storage.write(captured.model, target, accept)
+        if beside:
+            golden_vectors.write(beside, target)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -114,15 +135,17 @@ def _warn_of_floats(analog: nn.Module, level: str, written: Sequence[_Written]) 
 
 
 def _check_request(
-    analog: nn.Module, kwargs: Mapping[str, Any], level: str, opset: int, seed: int
+    analog: nn.Module, kwargs: Mapping[str, Any], level: str, opset: int, seed: int, golden: int
 ) -> None:
     if not isinstance(kwargs, Mapping):
         raise OnnxError(f"kwargs is a {type(kwargs).__name__}: expected a dict of inputs")
     if not isinstance(level, str) or level not in LEVELS:
         raise OnnxError(f"level = {level!r}: expected one of {', '.join(LEVELS)}")
-    for name, value in (("opset", opset), ("seed", seed)):
+    for name, value in (("opset", opset), ("seed", seed), ("golden", golden)):
         if type(value) is not int:
             raise OnnxError(f"{name} = {value!r}: expected an int")
+    if golden < 0:
+        raise OnnxError(f"golden = {golden}: expected a number of calls, 0 for none")
     if not _OLDEST_OPSET <= opset <= _NEWEST_OPSET:
         raise OnnxError(f"opset = {opset}: expected {_OLDEST_OPSET} to {_NEWEST_OPSET}")
     if not isinstance(analog, nn.Module) or next(sites(analog), None) is None:
@@ -148,8 +171,14 @@ def _check_call(analog: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 # --------------------------------------------------------------------------------- lowering
 
 
-def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list[_Written]:
-    """Replace every provisional node by its site at a level, in place."""
+def _lower(
+    captured: Captured, level: str, opset: int, seed: int | None, parameters: Collection[str]
+) -> list[_Written]:
+    """Replace every provisional node by its site at a level, in place.
+
+    Args:
+        parameters: names of the model's.
+    """
     model = captured.model
     functions: dict[Any, ir.Function] = {}
     sites: dict[str, _Written] = {}
@@ -160,7 +189,9 @@ def _lower(captured: Captured, level: str, opset: int, seed: int | None) -> list
     for call, name in zip(captured.calls, names, strict=True):
         if name not in sites:
             site = program(name, call, opset, noise=seed is not None)
-            sites[name] = _Written(site, _inputs(model.graph, site), seeds[len(sites)])
+            number = call.node.attributes["number"].as_int()
+            inputs = _inputs(model.graph, site, parameters)
+            sites[name] = _Written(site, number, inputs, seeds[len(sites)])
         _replace(model.graph, call, sites[name], Writer(opset, LEVELS[level], functions), level)
     common.RemoveUnusedNodesPass()(model)
     for function in functions.values():
@@ -177,6 +208,8 @@ class _Written:
     """A site in the file: its inputs beside x, and where it is called."""
 
     site: Programmed
+    number: int
+    """Of the site in :func:`analogfx.onnx.calls.numbered`."""
     inputs: dict[str, ir.Value]
     """By name of the op's input."""
     seeds: Seeds | None
@@ -228,19 +261,25 @@ def _seeds(seed: int, count: int) -> list[Seeds]:
     return [Seeds(float(w), float(y)) for w, y in zip(drawn[::2], drawn[1::2], strict=True)]
 
 
-def _inputs(graph: ir.Graph, site: Programmed) -> dict[str, ir.Value]:
+def _inputs(graph: ir.Graph, site: Programmed, parameters: Collection[str]) -> dict[str, ir.Value]:
     """What one site reads beside x, by input of the op; initializers, but for a computed bias."""
     _, weight, bias, input_range = (*site.call.node.inputs, None, None, None)[:4]
     assert weight is not None
     values = {"weight": weight}
     if site.weight is not None:
         values["weight"] = _initializer(graph, f"{site.name}.analog_weight", site.weight)
+    elif weight.name not in parameters:  # a constant that the exporter folded, such as a transpose
+        name = f"{site.name}.analog_weight"
+        weight.name = name
     if site.scale is not None:
         values["weight_scale"] = _tensor(graph, f"{site.name}.weight_scale", site.scale)
     if bias is not None:
         values["bias"] = bias
     if input_range is not None:
         values["input_range"] = input_range
+        own, name = site.input_range(), f"{site.name}.input_range"
+        if own is not None and input_range.is_initializer() and name not in graph.initializers:
+            values["input_range"] = _tensor(graph, name, own)
     if site.maxima is not None:
         values["weight_max"] = _tensor(graph, f"{site.name}.weight_max", site.maxima)
     if site.code_scale is not None:
@@ -277,7 +316,17 @@ def _replace(
     made = list(writer.tape.nodes)
     for node in made:
         node.metadata_props[METADATA] = written.site.name
+        if node.op_type == type(operator).__name__:
+            node.doc_string = _tile_grid(written.site.spec)
     ir.convenience.replace_nodes_and_values(graph, call.node, [call.node], made, [old], [y])
+
+
+def _tile_grid(spec: MVMSpec) -> str:
+    """What a viewer of the graph is to show of a site: its tiles, and their largest size."""
+    rows, columns = spec.in_sizes, spec.out_sizes
+    tiles = "tile" if len(rows) * len(columns) == 1 else "tiles"
+    size = f"{max(rows)} inputs x {max(columns)} outputs at most"
+    return f"{len(rows)} x {len(columns)} {tiles} of {size}"
 
 
 def _operator(

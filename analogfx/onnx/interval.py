@@ -37,6 +37,39 @@ def interval(site: Programmed, x: Tensor, bias: Tensor | None) -> tuple[Tensor, 
     return low.to(x.dtype), high.to(x.dtype)
 
 
+@torch.no_grad()
+def codes_of(site: Programmed, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a site that multiplies codes does between its converters, in exact arithmetic.
+
+    Args:
+        x: its input, (..., G I), or an image (B, C, ...), in host memory.
+
+    Returns:
+        Codes behind the DAC, of x's shape, and behind the ADC, (k, *y.shape), before its bound.
+    """
+    rho, window, spec = site.code_scale, site.call.window, site.spec
+    assert rho is not None
+    weight, wide = site.weight_codes().cpu().double(), ref.wide(x)
+    if window is not None:
+        kernel = weight.view(weight.shape[0], -1, *window.kernel_size)
+        codes, _, _ = _converted(site, wide, None, 0)
+        products = [convolve(codes.double(), kernel, window, spec.groups)]
+        shape = (-1, *[1] * _places(site))
+    else:
+        sizes, shape = list(spec.in_sizes), (-1,)
+        rows = wide.unflatten(-1, (spec.groups, sum(sizes))).split(sizes, -1)
+        parts = [_converted(site, x_t, None, tile)[0] for tile, x_t in enumerate(rows)]
+        codes = torch.cat(parts, -1).flatten(-2)
+        tiles = weight.unflatten(0, (spec.groups, -1)).split(sizes, -1)
+        pairs = zip(parts, tiles, strict=True)
+        products = [torch.einsum("...gi,goi->...go", p.double(), w).flatten(-2) for p, w in pairs]
+    scales = [row.cpu().reshape(shape) for row in rho]
+    outputs = [
+        ref.adc_codes_(y.to(scale.dtype), scale) for y, scale in zip(products, scales, strict=True)
+    ]
+    return codes, torch.stack(outputs)
+
+
 def _unrounded(x: Tensor) -> Tensor | None:
     """How far from a float16 x what a runtime converts may be; None in other dtypes.
 

@@ -1,4 +1,4 @@
-"""The ops of domain ``ai.analogfx``, version 1, and what they mean in standard ONNX.
+"""The ops of domain ``ai.analogfx``, version 2, and what they mean in standard ONNX.
 
 Every body does the arithmetic of :mod:`analogfx.kernels` in the same order (true divisions,
 rounding half to even), so that a runtime gives what PyTorch gives, but for the order in which a
@@ -352,7 +352,7 @@ class _Site:
         s = self.spec
         reasons = {
             "its weights are floats: set modifier.quantization_type and a modifier.res of at most "
-            "254 (after quantize_weights() they are floats, too; export before it)": self.codes,
+            "254": self.codes,
             f"its range is {s.range_mode}, not static": s.range_mode in ("static", "fast"),
             "its DAC has no 8 bits: set forward.inp_res to at most 254": _is_8_bit(s.inp_res),
             "it computes in double": self.dtype == ir.DataType.FLOAT,

@@ -31,13 +31,42 @@ from analogfx.onnx.export import METADATA
 from analogfx.onnx.levels import LEVELS
 from analogfx.onnx.operators import AnalogConv, AnalogLinear
 from analogfx.onnx.sites import SCHEMA, tile_map
-from analogfx.onnx.writer import DOMAIN
+from analogfx.onnx.writer import DOMAIN, VERSION
 
 _MALFORMED = (
     ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError,
     RecursionError, ConfigError,
 )  # fmt: skip
 """What reading a record or a tensor of a damaged file raises."""
+
+
+@dataclass(frozen=True)
+class OnnxTile:
+    """What one tile is programmed with, and what its converters know."""
+
+    row: int
+    column: int
+    """Place in the grid, along the inputs and along the outputs."""
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    """Which part of the weight matrix it holds: from, and up to."""
+    weight: np.ndarray[Any, Any]
+    """(outputs, inputs) weights: the codes times their scales, or the floats."""
+    codes: np.ndarray[Any, Any] | None
+    """(outputs, inputs) integers; None for weights of floats."""
+    scales: np.ndarray[Any, Any] | None
+    """(outputs,) what a code of 1 stands for; None for weights of floats."""
+    input_range: float | None
+    """Of the DAC; None for a range that every input has of its own, or none."""
+    weight_max: np.ndarray[Any, Any] | None
+    """(outputs,) what scales the bound of each output's ADC; None where nothing reads it."""
+    bounds: np.ndarray[Any, Any] | None
+    """(outputs,) bound of each output's ADC; None without one, and for dynamic ranges, where it is
+    ``range * out_bound * weight_max``."""
+    code_scale: np.ndarray[Any, Any] | None
+    """(outputs,) steps of the ADC for one step of the products; None for products of floats."""
+    bias: np.ndarray[Any, Any] | None
+    """(outputs,) what is added digitally, once for all tiles of a column; None for no constant."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +138,54 @@ class OnnxSite:
         steps = np.repeat(scale, self.spec.in_sizes, axis=0).T
         return (matrix * steps).reshape(weight.shape)
 
+    def tile(self, row: int, column: int) -> OnnxTile:
+        """What one tile is programmed with, read now.
+
+        Args:
+            row: along the inputs, from 0.
+            column: along the outputs, from 0.
+
+        Raises:
+            OnnxError: there is no such tile, or a constant's file is too short.
+        """
+        rows, columns = self.tile_grid
+        if not (0 <= row < rows and 0 <= column < columns):
+            raise OnnxError(
+                f"{self.name} has no tile ({row}, {column}): its grid is {rows}x{columns}"
+            )
+        place = self.tiles[row + rows * column]
+        inputs, outputs = tuple(place["inputs"]), tuple(place["outputs"])
+        part = slice(*outputs), slice(*inputs)
+
+        def matrix(whole: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any] | None:
+            return None if whole is None else whole.reshape(len(whole), -1)[part]
+
+        def vector(name: str) -> np.ndarray[Any, Any] | None:
+            return self.array(name)[row, part[0]] if name in self.tensors else None
+
+        weight, scales, largest = matrix(self.weight()), self.scales(), vector("weight_max")
+        assert weight is not None
+        if largest is not None and not self.spec.bound_per_channel:
+            largest = np.full_like(largest, largest.max())
+        reach = self.array("input_range")[row] if "input_range" in self.tensors else None
+        bounds = None
+        if self.spec.out_bound and reach is not None and largest is not None:
+            bounds = (reach * reach.dtype.type(self.spec.out_bound)) * largest
+        return OnnxTile(
+            row,
+            column,
+            inputs,
+            outputs,
+            weight=weight,
+            codes=matrix(self.codes()),
+            scales=None if scales is None else scales[row, part[0]],
+            input_range=None if reach is None else float(reach),
+            weight_max=largest,
+            bounds=bounds,
+            code_scale=vector("code_scale"),
+            bias=self.array("bias")[part[0]] if "bias" in self.tensors else None,
+        )
+
 
 @dataclass(frozen=True)
 class OnnxSites:
@@ -118,6 +195,12 @@ class OnnxSites:
     """The analogfx that wrote the file."""
     level: str
     sites: tuple[OnnxSite, ...] = field(repr=False)
+    record: dict[str, Any] = field(repr=False)
+    """The metadata of the file, as docs/onnx/sites.schema.json describes it."""
+
+    def to_json(self) -> str:
+        """The metadata of the file: JSON of docs/onnx/sites.schema.json."""
+        return json.dumps(self.record, indent=2)
 
     def __str__(self) -> str:
         header = ("site", "op", "weight", "type", "tiles", "range", "DAC", "ADC", "bound")
@@ -238,7 +321,14 @@ def read(path: str | os.PathLike[str]) -> OnnxSites:
     try:
         record = json.loads(metadata[0])
         if record["schema"] != SCHEMA:
-            raise OnnxError(f"{file} has schema {record['schema']!r}; this version reads {SCHEMA}")
+            raise OnnxError(
+                f"{file} has schema {record['schema']!r}; this version reads {SCHEMA}: export the "
+                "model anew, or read the file with the analogfx that wrote it "
+                f"({printable(str(record.get('analogfx')))})"
+            )
+        versions = {o.version for o in model.opset_import if o.domain == DOMAIN}
+        if versions - {VERSION}:
+            raise ValueError(f"its ops are of version {max(versions)} of {DOMAIN}, not {VERSION}")
         return _sites(record, _Graph(model.graph, file.parent))
     except (*_MALFORMED, OSError) as error:
         text = printable(str(error) or type(error).__name__)
@@ -269,7 +359,7 @@ def _sites(record: dict[str, Any], graph: _Graph) -> OnnxSites:
     names = [site.name for site in sites]
     if len(set(names)) < len(names):
         raise ValueError("two sites have the same name")
-    return OnnxSites(version, level, tuple(sites))
+    return OnnxSites(version, level, tuple(sites), record)
 
 
 def _site(

@@ -19,9 +19,10 @@ from analogfx.kernels import reference as ref
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import code_scale
 from analogfx.onnx.calls import SiteCall
+from analogfx.onnx.grid import grid_of
 
-SCHEMA = 1
-"""Version of the site records in a file's metadata."""
+SCHEMA = 2
+"""Version of the site records in a file's metadata: 2 since a site may have a ``code_scale``."""
 
 _INT4 = 21
 """First opset with 4-bit integers."""
@@ -37,7 +38,8 @@ class Programmed:
     name: str
     call: SiteCall
     spec: MVMSpec
-    """Hashable, without what only training reads; with noise strengths if they are asked for."""
+    """Hashable, without what only training reads; with noise strengths if they are asked for, and
+    with the states of weights that were quantized before."""
     weight: ir.TensorProtocol | None
     """Codes, or weights that the config changes; None where they are a parameter as it is."""
     codes: bool
@@ -114,6 +116,10 @@ def _clip_of(call: SiteCall) -> Tensor | None:
 def _spec(call: SiteCall, noise: bool) -> MVMSpec:
     spec = call.spec
     config = resolve(call.module._analog.config)
+    if not spec.weight_states:
+        grid = grid_of(_tiles(call, spec), spec.out_sizes, _clip_of(call))
+        if grid is not None:
+            spec = spec._replace(weight_states=grid.states, weight_per_channel=grid.per_channel)
     return spec._replace(
         in_sizes=tuple(spec.in_sizes),  # type: ignore[arg-type]
         out_sizes=tuple(spec.out_sizes),  # type: ignore[arg-type]

@@ -81,6 +81,11 @@ def _name_axes(graph: ir.Graph, arguments: Sequence[Tensor]) -> None:
                 names[str(size.value)] = "batch"
             elif axis == 1 and "sequence" not in names.values():
                 names[str(size.value)] = "sequence"
+    rename_axes(graph, names)
+
+
+def rename_axes(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Give the free axes of all values other names, also inside of sums of them."""
     if not names:
         return
     symbol = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 DOMAIN = "ai.analogfx"
-VERSION = 1
+VERSION = 2
+"""Of the domain: 2 since sites multiply codes, told by an input ``code_scale``."""
 
 
 class Operator(Protocol):

@@ -119,9 +119,8 @@ def test_a_file_without_integers_says_why(tmp_path):
         config = cases.config(**discrete | {"forward__inp_res": 254} | fields)
         return cases.analog(lambda: nn.Sequential(nn.Linear(64, 8)), config, x)
 
-    quantized = linear()
-    analogfx.quantize_weights(quantized)
-    assert "0: its weights are floats" in warned(quantized, x, tmp_path)
+    floats = linear(modifier__quantization_type="None")
+    assert "0: its weights are floats" in warned(floats, x, tmp_path)
     assert "its range is dynamic" in warned(
         linear(pre_post__input_range__dynamic=True), x, tmp_path
     )
@@ -141,3 +140,40 @@ def test_the_table_counts_one_as_one(tmp_path):
     export_onnx(analog, (x,), tmp_path / "m", level="qdq", verify=False)
     assert "1 site on 1 tile, level qdq" in str(load_onnx_sites(tmp_path / "m"))
     assert str(load_onnx_sites(tmp_path / "m")).endswith("1 of 1 site multiplies integers")
+
+
+@pytest.mark.parametrize("states", [14, 254])
+@pytest.mark.parametrize("clip", ["None", "LearnablePerChannel"])
+@pytest.mark.parametrize("kind", ["Discretize", "DiscretizePerChannel"])
+def test_codes_stay_codes_after_quantize_weights(kind, clip, states, tmp_path):
+    if (kind, clip) == ("Discretize", "LearnablePerChannel"):
+        pytest.skip("the config is refused: learned clips are of channels")
+    config = cases.config(
+        forward__inp_res=254, forward__out_res=254, forward__out_bound=10, clip__type=clip,
+        modifier__quantization_type=kind, modifier__res=states, mapping__max_input_size=40,
+        mapping__max_output_size=5,
+    )  # fmt: skip
+    x = torch.randn(6, 64)
+    analog = cases.analog(lambda: nn.Linear(64, 8), config, x)
+    export_onnx(analog, (x,), tmp_path / "before", level="qdq", opset=21)
+    analogfx.quantize_weights(analog)
+    export_onnx(analog, (x,), tmp_path / "after", level="qdq", opset=21)  # warns of no floats
+    (before,), (after,) = (load_onnx_sites(tmp_path / n).sites for n in ("before", "after"))
+    assert after.integer and after.weight_type == before.weight_type
+    np.testing.assert_array_equal(after.codes(), before.codes())
+    np.testing.assert_allclose(after.scales(), before.scales(), rtol=3e-7)
+    sizes = [(tmp_path / n).stat().st_size for n in ("before", "after")]
+    assert sizes[1] < 1.02 * sizes[0]
+
+
+def test_weights_beside_every_grid_stay_floats(tmp_path):
+    config = cases.config(forward__inp_res=254, forward__out_res=254, forward__out_bound=10)
+    x = torch.randn(6, 64)
+    analog = cases.analog(lambda: nn.Linear(64, 8), config, x)
+    with torch.no_grad():
+        analog.weight.copy_(torch.randint(-7, 8, (8, 64)) / 7)
+        analog.weight[:, 0] = 1
+        analog.weight[3, 5] = 0.3
+    export_onnx(analog, (x,), tmp_path / "m", verify=False)
+    (site,) = load_onnx_sites(tmp_path / "m").sites
+    assert site.weight_type == "float"

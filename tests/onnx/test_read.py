@@ -5,7 +5,9 @@ import math
 import operator
 import random
 import shutil
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import onnx_cases as cases
@@ -81,6 +83,61 @@ def test_sites_come_back_as_they_were(exported):
         assert site.weight_type == "int4"
     with pytest.raises(OnnxError, match="0 has no clip: it has weight, weight_scale"):
         found.sites[0].array("clip")
+
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "onnx" / "sites.schema.json"
+
+
+def test_the_record_is_as_its_schema_says(exported):
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    record = json.loads(load_onnx_sites(exported[1]).to_json())
+    jsonschema.validate(record, schema)
+    del record["sites"][0]["tiles"][1]["inputs"]
+    with pytest.raises(jsonschema.ValidationError, match="'inputs' is a required property"):
+        jsonschema.validate(record, schema)
+
+
+def test_a_tile_has_what_programs_it(exported, tmp_path):
+    analog, path = exported
+    site = load_onnx_sites(path).sites[0]
+    tiles = [[site.tile(row, column) for row in range(2)] for column in range(1)]
+    whole = np.concatenate([np.concatenate([t.codes for t in rows], 1) for rows in tiles])
+    np.testing.assert_array_equal(whole, site.codes())
+    for tile in tiles[0]:
+        np.testing.assert_array_equal(tile.weight, tile.codes * tile.scales[:, None])
+        assert tile.input_range == float(analog[0].input_range[tile.row].detach())
+        np.testing.assert_array_equal(tile.bias, analog[0].bias.detach())
+        assert tile.bounds is None and tile.code_scale is None  # it has no ADC
+    with pytest.raises(OnnxError, match=r"0 has no tile \(2, 0\): its grid is 2x1"):
+        site.tile(2, 0)
+
+
+def test_a_tile_has_the_bounds_of_its_adc(tmp_path):
+    config = cases.config(
+        forward__inp_res=254, forward__out_res=254, forward__out_bound=10, modifier__res=14,
+        modifier__quantization_type="Discretize", mapping__max_input_size=7,
+        mapping__max_output_size=5,
+    )  # fmt: skip
+    x = torch.randn(4, 12)
+    analog = cases.analog(lambda: nn.Linear(12, 9), config, x)
+    export_onnx(analog, (x,), tmp_path / "m", verify=False)
+    (site,) = load_onnx_sites(tmp_path / "m").sites
+    tile = site.tile(1, 1)
+    assert (tile.inputs, tile.outputs) == ((6, 12), (5, 9))
+    held, r = analog.weight.detach()[5:, 6:], analog.input_range.detach()[1]
+    np.testing.assert_array_equal(tile.bounds, np.full(4, (r * 10 * held.abs().max()).numpy()))
+    states = 2 * held.abs().max() / 14
+    np.testing.assert_array_equal(tile.codes, (held / states).round().numpy())
+    np.testing.assert_allclose(tile.code_scale, np.full(4, 2 * 254 / (254 * 14 * 10)), rtol=1e-7)
+
+
+def test_constants_bear_their_module_s_name(exported):
+    names = {t.name for t in onnx.load(exported[1]).graph.initializer}
+    assert {"0.input_range", "0.analog_weight", "0.weight_scale", "0.bias"} <= names
+    assert all("." in name for name in names)
+    grids = [n.doc_string for n in onnx.load(exported[1]).graph.node if n.domain]
+    assert grids[0] == "2 x 1 tiles of 6 inputs x 9 outputs at most"
 
 
 def test_the_table_lists_every_site(exported):
@@ -205,7 +262,10 @@ def test_the_table_counts_integer_sites(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r, m: r.update(schema=2), "has schema 2; this version reads 1"),
+        (
+            lambda r, m: r.update(schema=1),
+            "has schema 1; this version reads 2: export the model anew",
+        ),
         (lambda r, m: r.update(level="secret"), "level is 'secret'"),
         (lambda r, m: r.update(sites=7), "is damaged"),
         (lambda r, m: r["configs"][0]["forward"].update(inp=1), "is damaged: forward.inp"),
