@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distributed_models import (
     close,
     config,
@@ -15,11 +16,18 @@ from distributed_models import (
     same_everywhere,
     state,
     train,
+    whole,
 )
 from processes import alone
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
     RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
     parallelize_module,
 )
 
@@ -117,3 +125,91 @@ def edges(rank, folder):
         cut(analogfx.analogize(net(), made))
     with pytest.raises(PlacementError, match=r"down: .*at 16, .*end at 11, 22, 32.*=8 fits"):
         cut(analogfx.analogize(net(), merged(config(), mapping={"max_input_size": 11})))
+
+
+def labels(number):
+    return joint(number)[1].argmax(dim=1)
+
+
+@case("sequence-parallel norms and a loss on shards of the classes")
+def sequence_and_loss_parallel(rank, folder):
+    over, made = mesh(names=("tp",)), config()
+    dense, model = (analogfx.analogize(net(), made) for _ in range(2))
+    for block in model.blocks:
+        plan = {
+            "norm": SequenceParallel(sequence_dim=0),
+            "up": ColwiseParallel(input_layouts=Shard(0)),
+            "down": RowwiseParallel(output_layouts=Shard(0)),
+        }
+        parallelize_module(block, over, plan)
+        split = {"input_layouts": (Replicate(),), "desired_input_layouts": (Shard(0),)}
+        joined = {"output_layouts": (Shard(0),), "desired_output_layouts": (Replicate(),)}
+        parallelize_module(block, over, PrepareModuleInput(**split, use_local_output=True))
+        parallelize_module(block, over, PrepareModuleOutput(**joined, use_local_output=True))
+    parallelize_module(model, over, {"head": ColwiseParallel(use_local_output=False)})
+    optimizers = [prepared(dense, mesh_or_group=alone()), prepared(model)]
+    for number in range(STEPS):
+        x = joint(number)[0]
+        expected = F.cross_entropy(dense(x), labels(number))
+        expected.backward()
+        with loss_parallel():
+            found = F.cross_entropy(model(x), labels(number))
+            found.backward()
+        torch.testing.assert_close(whole(found), expected, rtol=1e-9, atol=0)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    same_everywhere(model)
+    close(state(model), state(dense))
+
+
+@case("a model on meta is cut, allocated and loaded, learned clips from its weights")
+def from_meta(rank, folder):
+    made = config(0, clip="LearnablePerChannel")
+    with torch.device("meta"):
+        model = net()
+    model = cut(analogfx.analogize(model, made, inplace=True))
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, net().state_dict(), options=options)
+    close(state(model), state(analogfx.analogize(net(), made)))
+
+
+@case("save gathers parts, and quantize_weights and report work on them")
+def verbs(rank, folder):
+    made = merged(config(0), modifier=STATES_BY_ROW)
+    dense, model = analogfx.analogize(net(), made), cut(analogfx.analogize(net(), made))
+    assert all(site.status == "analog" for site in analogfx.report(model).sites)
+    analogfx.save(model, folder / "saved")
+    close(state(analogfx.load(net(seed=1), folder / "saved")), state(dense))
+    for each in (dense, model):
+        analogfx.quantize_weights(each)
+    close(state(model), state(dense))
+
+
+@case("what cannot be cut is refused by name")
+def refused(rank, folder):
+    made = config(0)
+    over = mesh(names=("tp",))
+    model = cut(analogfx.analogize(net(), made))
+    chip = analogfx.program(model.eval(), analogfx.chip.PCMLikeNoiseModel(), seed=0)
+    whole_alone = pytest.raises(
+        PlacementError, match=r"blocks[.]0[.]up: a chip's weights are whole"
+    )
+    with whole_alone, chip.at(60.0):
+        model(joint(0)[0])
+    conv = analogfx.analogize(torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1)), made)
+
+    def by_outputs(name, module, device_mesh):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            cut_parameter = distribute_tensor(parameter, device_mesh, [Shard(0)])
+            module.register_parameter(key, torch.nn.Parameter(cut_parameter))
+
+    with pytest.raises(PlacementError, match=r"^0: AnalogConv1d is cut .*only nn.Linear can be"):
+        distribute_module(conv[0], over, by_outputs)
+    linear = cut(analogfx.analogize(net(), made)).blocks[0].up
+    linear._forward_pre_hooks.clear()
+    with pytest.raises(
+        PlacementError, match=r"blocks[.]0[.]up: its weight is a DTensor, its input"
+    ):
+        linear(torch.zeros(2, 16, dtype=torch.float64))
