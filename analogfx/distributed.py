@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from analogfx import shards
 from analogfx.config import Resolved
+from analogfx.errors import PlacementError
 from analogfx.kernels import seen
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.collect import collect_statistics
 from analogfx.modules.program import AnalogSite
-from analogfx.modules.sites import required_sites, sites
-from analogfx.state import RANGES
+from analogfx.modules.sites import analog_modules, required_sites, sites
+from analogfx.state import RANGES, X_MIN
 from analogfx.training import clip_after_step
 
 
@@ -63,9 +65,9 @@ def prepare_training(
         optimizer: any torch optimizer, or what accelerate made of one.
         model: the analog model, in wrappers or not. Call this after ``DistributedDataParallel`` or
             ``fully_shard``, and before the first training forward.
-        mesh_or_group: the data-parallel processes: a process group, or a ``DeviceMesh`` of which
-            all dimensions are data-parallel. None for all processes; with tensor or pipeline
-            parallelism pass the data-parallel part of the mesh.
+        mesh_or_group: the data-parallel processes: a process group, or a ``DeviceMesh``, of which
+            dimensions that ``model`` is tensor-parallel over do not count. None for all processes;
+            with pipeline parallelism pass the data-parallel part of the mesh.
         exact: share what is seen in every forward while ranges follow the data.
 
     Returns:
@@ -75,6 +77,8 @@ def prepare_training(
         TypeError: ``optimizer`` is no torch optimizer, ``model`` has no analog layer, or
             ``mesh_or_group`` is neither a group nor a mesh.
         ValueError: the optimizer holds none of the analog parameters.
+        PlacementError: the model is tensor-parallel over some of all processes, and nothing says
+            which of the others are data-parallel.
 
     Example:
         >>> model = DistributedDataParallel(analogize(net, recipes.afm()))
@@ -84,7 +88,7 @@ def prepare_training(
     optimizer = _inner(optimizer)
     clipping = clip_after_step(optimizer, model)
     try:
-        groups = _groups(mesh_or_group)
+        groups = _groups(mesh_or_group, _tensor_parallel(model))
         step = _Step(model, groups, exact)
     except BaseException:
         clipping.remove()
@@ -152,13 +156,33 @@ def _inner(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _groups(mesh_or_group: Any) -> list[Any]:
-    """The process groups to sum over, one after the other; none for a single process."""
+def _tensor_parallel(model: nn.Module) -> list[Any]:
+    """The process groups that hold parts of the model's analog layers."""
+    layouts = [module._analog.layout for _, module in analog_modules(model)]
+    found = {x.group.group_name: x.group for x in layouts if x is not None and x.cut is not None}
+    return list(found.values())
+
+
+def _groups(mesh_or_group: Any, tensor_parallel: list[Any]) -> list[Any]:
+    """The data-parallel process groups to sum over, one after the other; none for one process.
+
+    Raises:
+        PlacementError: not all processes are data-parallel, and nothing says which are.
+    """
     dist = torch.distributed
     if shards.world_size() == 1:
         return []
+    parts = {group.group_name for group in tensor_parallel}
     if mesh_or_group is None:
-        return [dist.group.WORLD]
+        if not tensor_parallel:
+            return [dist.group.WORLD]
+        sizes = [dist.get_world_size(group) for group in tensor_parallel]
+        if math.prod(sizes) == shards.world_size():
+            return []
+        raise PlacementError(
+            f"the model is tensor-parallel over {math.prod(sizes)} of {shards.world_size()} "
+            "processes: pass prepare_training() the device mesh, or its data-parallel part"
+        )
     if isinstance(mesh_or_group, dist.ProcessGroup):
         groups = [mesh_or_group]
     elif hasattr(mesh_or_group, "get_all_groups"):
@@ -168,7 +192,7 @@ def _groups(mesh_or_group: Any) -> list[Any]:
             "prepare_training() takes a ProcessGroup or a DeviceMesh of data-parallel processes, "
             f"found {type(mesh_or_group).__name__}"
         )
-    return [group for group in groups if dist.get_world_size(group) > 1]
+    return [g for g in groups if dist.get_world_size(g) > 1 and g.group_name not in parts]
 
 
 # ------------------------------------------------------------------------------ before the step
@@ -182,7 +206,7 @@ class _Lot:
     sites: list[tuple[AnalogModule, AnalogSite]]
 
     def state(self, number: int) -> list[Tensor]:
-        """One of the ranges and their statistics, for every site."""
+        """One of the ranges and their statistics, for every site: of the tiles that are here."""
         return [getattr(m, s.state.of(RANGES[number])) for m, s in self.sites]
 
     def notes(self) -> list[Tensor]:
@@ -200,7 +224,9 @@ class _Step:
         for group in groups:
             self.processes *= torch.distributed.get_world_size(group)
         required_sites(model)
-        self._parts: dict[Any, Tensor] = {}
+        self.parts = {group.group_name for group in _tensor_parallel(model)}
+        """Names of the groups whose processes have a part of each layer."""
+        self._tiles_held: dict[Any, Tensor] = {}
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:
@@ -217,12 +243,22 @@ class _Step:
             for noted in lot.notes():
                 seen.forget_(noted)
 
+    def _is_reduced(self, parameter: Tensor) -> bool:
+        """Whether a wrapper averages a parameter's gradient over data-parallel processes.
+
+        It does where it cut the parameter over other processes than tensor parallelism did.
+        """
+        if not shards.is_sharded(parameter):
+            return False
+        return not shards.mesh_groups(parameter) <= self.parts
+
     def _lots(self) -> list[_Lot]:
         """The sites that note what they see, by config, device and precision."""
         found: dict[Any, _Lot] = {}
         for _, module, site in sites(self.model):
             if module._analog.resolved.collects:
-                config, low = module._analog.resolved, getattr(module, site.state.ranges()[2])
+                low = shards.local(getattr(module, site.state.of(X_MIN)))
+                config = module._analog.resolved
                 lot = found.setdefault((config, low.device, low.dtype), _Lot(config, []))
                 lot.sites.append((module, site))
         return list(found.values())
@@ -230,11 +266,14 @@ class _Step:
     def _gathered(self, lots: list[_Lot], notes: list[Tensor]) -> list[Tensor]:
         """The notes of all processes; gradients of ranges that each holds alone are averaged."""
         ours = dict.fromkeys(_own_parameters(self.model))
-        dense = [p for p in ours if p.requires_grad and not shards.is_sharded(p)]
+        dense = [p for p in ours if p.requires_grad and not self._is_reduced(p)]
         if not notes and not dense:
             return notes
         device = [*notes, *dense][0].device
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
+        gradients = [
+            torch.zeros_like(shards.local(p)) if p.grad is None else shards.local(p.grad)
+            for p in dense
+        ]
         has = torch.tensor([p.grad is not None for p in dense], dtype=torch.float64)
         pieces = [seen.summands(n).flatten() for n in notes] + [g.flatten() for g in gradients]
         stacked = torch.cat([piece.to(device, torch.float64) for piece in [*pieces, has]])
@@ -262,11 +301,10 @@ class _Step:
         for p, total, count in zip(parameters, sums, has.tolist(), strict=True):
             if not count:
                 continue
-            mean = (total / self.processes).to(p.device, p.dtype).view_as(p)
             if p.grad is None:
-                p.grad = mean
-            else:
-                p.grad.copy_(mean)
+                p.grad = torch.zeros_like(p)
+            held = shards.local(p.grad)
+            held.copy_((total / self.processes).view_as(held))
 
     def _commit(self, lot: _Lot, notes: Tensor) -> None:
         """Write the state of a lot: buffers whole, of parameters the part that is held here."""
@@ -275,7 +313,8 @@ class _Step:
             config.range_mode, config.init_from_data, config.init_std_alpha, config.momentum
         )
         parameters, *buffers = (lot.state(number) for number in range(len(RANGES)))
-        held, at = self._held(parameters)
+        buffers = [[shards.local(b) for b in kind] for kind in buffers]
+        held, at = self._held(lot, parameters)
         count, x_min, x_max = map(torch.cat, buffers)
         state = seen.Ranges(torch.cat(held), count[at], x_min[at], x_max[at])
         new_range = seen.updated(state, rule, notes[at]).input_range
@@ -291,15 +330,14 @@ class _Step:
         if not any(flags):
             return
         open_ = (count < lot.config.init_from_data).cpu()
-        tiles = [len(s.in_sizes) for _, s in lot.sites]
+        tiles = [len(noted) for noted in lot.notes()]
         for flag, its in zip(flags, open_.split(tiles), strict=True):
             flag.fill_(bool(its.any()))
 
     def _decay(self, lot: _Lot, notes: Tensor, scale: Tensor | None) -> None:
         """Add to the gradients what shrinks ranges while few of all inputs are saturated."""
-        trained = [(m, s) for m, s in lot.sites]
-        parameters = [getattr(m, s.state.input_range) for m, s in trained]
-        held, at = self._held(parameters)
+        parameters = lot.state(0)
+        held, at = self._held(lot, parameters)
         share = notes[at, seen.BEYOND] / notes[at, seen.INPUTS]  # NaN where nothing was seen
         shrinks = 1 - share > lot.config.input_min_percentage
         decay = lot.config.decay * torch.cat(held) * shrinks
@@ -310,23 +348,28 @@ class _Step:
             if parameter.grad is not None and part.numel():
                 shards.local(parameter.grad).add_(part.to(parameter.grad.dtype))
 
-    def _held(self, parameters: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def _held(self, lot: _Lot, parameters: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The parts of parameters that this process holds, and which tiles of the lot they are."""
         held = [shards.local(p) for p in parameters]
         numbers, first = [], 0
-        for p, part in zip(parameters, held, strict=True):
-            numbers.append(self._tiles(p, part) + first)
-            first += p.numel()
+        for p, part, (module, _), noted in zip(
+            parameters, held, lot.sites, lot.notes(), strict=True
+        ):
+            numbers.append(self._tiles(module, p, part, len(noted)) + first)
+            first += len(noted)
         return held, torch.cat(numbers)
 
-    def _tiles(self, parameter: Tensor, held: Tensor) -> Tensor:
+    def _tiles(self, module: AnalogModule, parameter: Tensor, held: Tensor, count: int) -> Tensor:
+        """Which of the tiles of a site that are here have their range in this process."""
         spec: Any = parameter
         cut = (spec.device_mesh, spec.placements) if shards.is_sharded(parameter) else None
-        key = (parameter.numel(), held.device, cut)
-        if key not in self._parts:
-            tiles = torch.arange(parameter.numel(), device=held.device)
-            self._parts[key] = shards.part_of(tiles, parameter)
-        return self._parts[key]
+        key = (count, held.device, cut)
+        if key not in self._tiles_held:
+            tiles = torch.arange(count, device=held.device)
+            parallel = module._analog.layout is not None
+            part = shards.part_within if parallel else shards.part_of
+            self._tiles_held[key] = part(tiles, parameter)
+        return self._tiles_held[key]
 
 
 def _store(places: list[Tensor], values: Tensor) -> None:

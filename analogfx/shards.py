@@ -45,16 +45,64 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return whole_value.redistribute(placements=spec.placements).to_local()
 
 
-def cut_by_rows(tensor: Tensor) -> bool:
-    """Whether a sharded tensor is cut along its first dimension alone, or not at all."""
-    spec: Any = tensor
-    return all(p.is_replicate() or p.is_shard(0) for p in spec.placements)
+def part_within(value: Tensor, like: Tensor) -> Tensor:
+    """The part of a value that FSDP2 leaves to this process.
+
+    Args:
+        value: dense; what this process has under tensor parallelism alone.
+        like: a DTensor whose mesh has the tensor-parallel dimension last.
+    """
+    spec: Any = like
+    for dim, placement in enumerate(spec.placements[:-1]):
+        if not placement.is_replicate():
+            chunks = value.chunk(spec.device_mesh.size(dim))
+            number = spec.device_mesh.get_local_rank(dim)
+            value = chunks[number] if number < len(chunks) else value[:0]
+    return value
 
 
-def shard_groups(tensor: Tensor) -> list[Any]:
-    """The process groups whose members hold the parts of a tensor, one for each way it is cut."""
+def mesh_groups(tensor: Tensor) -> set[str]:
+    """Names of the process groups of the mesh that a sharded tensor lies on."""
     spec: Any = tensor
-    cut = [dim for dim, p in enumerate(spec.placements) if not p.is_replicate()]
+    return {group.group_name for group in spec.device_mesh.get_all_groups()}
+
+
+def from_local(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part as that of a tensor that lies where another does."""
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = like
+    shape, stride = spec.shape, spec.stride()
+    return DTensor.from_local(
+        value, spec.device_mesh, spec.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def placed(value: Tensor, mesh: Any, placement: Any) -> Tensor:
+    """A value as a DTensor over a mesh of one dimension, with memory of its own.
+
+    A dense value is the same in all processes, and nothing is sent for it.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not is_sharded(value):
+        value = DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+    spec: Any = value
+    return spec.redistribute(placements=[placement]).clone()
+
+
+def shard_groups(tensor: Tensor, rows: bool = True) -> list[Any]:
+    """The process groups whose members hold the parts of a tensor, one for each way it is cut.
+
+    Args:
+        rows: whether cuts along the first dimension count.
+    """
+    spec: Any = tensor
+    cut = [
+        dim
+        for dim, p in enumerate(spec.placements)
+        if not p.is_replicate() and (rows or p.dim % spec.ndim != 0)
+    ]
     return [spec.device_mesh.get_group(dim) for dim in cut]
 
 

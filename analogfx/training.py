@@ -58,7 +58,7 @@ def clip_weights(analog: nn.Module) -> None:
     kind of layer. Learned clips act in the forward and are left alone.
     """
     done = set()
-    parts: list[tuple[nn.Parameter, float]] = []
+    parts: list[tuple[nn.Parameter, Resolved]] = []
     for _, module, site in sites(analog):
         config = module._analog.resolved
         if not config.clip_sigma:
@@ -73,13 +73,14 @@ def clip_weights(analog: nn.Module) -> None:
         parameter = parameter_of(module, site) if sharded else None
         if parameter is None:
             _clip(module, site, config)
-        elif weight is not parameter or site.experts or not shards.cut_by_rows(parameter):
+        elif weight is not parameter or site.experts:
             with gathered(module, site) as holder:
                 _clip(holder, site, config)
-        elif config.clip_per_channel:
-            dispatch.clip_rows(shards.local(parameter).flatten(1), config.clip_sigma)
-        else:
-            parts.append((parameter, config.clip_sigma))
+        elif _clip_groups(parameter, config):
+            parts.append((parameter, config))
+        else:  # all of what a bound is the spread of is here
+            clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
+            clip(shards.local(parameter).flatten(1), config.clip_sigma)
     _clip_parts(parts)
 
 
@@ -93,19 +94,26 @@ def _clip(module: nn.Module, site: AnalogSite, config: Resolved) -> None:
         store_weight(module, site, matrix)
 
 
-def _clip_parts(parts: list[tuple[nn.Parameter, float]]) -> None:
-    """Clip parameters that are cut by rows by the spread of each as a whole.
+def _clip_groups(parameter: nn.Parameter, config: Resolved) -> tuple[Any, ...]:
+    """The processes that hold parts of what a bound is the spread of: a matrix, or its rows."""
+    return tuple(shards.shard_groups(parameter, rows=not config.clip_per_channel))
+
+
+def _clip_parts(parts: list[tuple[nn.Parameter, Resolved]]) -> None:
+    """Clip parameters of whose bounds other processes have a part of the data.
 
     Their moments travel together, once for all that are cut over the same processes.
     """
-    alike: dict[Any, list[tuple[nn.Parameter, float]]] = {}
-    for parameter, sigma in parts:
-        alike.setdefault(tuple(shards.shard_groups(parameter)), []).append((parameter, sigma))
+    alike: dict[Any, list[tuple[nn.Parameter, Resolved]]] = {}
+    for parameter, config in parts:
+        alike.setdefault(_clip_groups(parameter, config), []).append((parameter, config))
     for groups, members in alike.items():
         matrices = [shards.local(parameter).flatten(1) for parameter, _ in members]
-        together = shards.all_reduce(torch.stack([*map(moments, matrices)]), list(groups))
-        for matrix, (_, sigma), its in zip(matrices, members, together, strict=True):
-            clip_part(matrix, sigma, its)
+        pairs = zip(matrices, members, strict=True)
+        own = [moments(matrix, config.clip_per_channel) for matrix, (_, config) in pairs]
+        together = shards.all_reduce(torch.cat(own), list(groups)).split([*map(len, own)])
+        for matrix, (_, config), its in zip(matrices, members, together, strict=True):
+            clip_part(matrix, config.clip_sigma, its)
 
 
 def weights_written(model: nn.Module) -> None:

@@ -30,22 +30,31 @@ def clip_matrix(matrix: Tensor, sigma: float) -> None:
         _clamp(matrix[b], bound)
 
 
-def moments(matrix: Tensor) -> Tensor:
-    """Number, sum and sum of squares of a matrix, float64 (3,): of parts they add up."""
-    total = torch.zeros(3, dtype=torch.float64, device=matrix.device)
+def moments(matrix: Tensor, by_row: bool) -> Tensor:
+    """Number, sum and sum of squares of a matrix, or of its rows: of parts they add up.
+
+    Returns:
+        float64 (1, 3), or (O, 3) by row.
+    """
+    out = torch.zeros(len(matrix), 3, dtype=torch.float64, device=matrix.device)
+    out[:, 0] = matrix.shape[1]
     for b in row_blocks(matrix):
         rows = matrix[b].double()
-        total += torch.stack((total.new_tensor(rows.numel()), rows.sum(), rows.square().sum()))
-    return total
+        out[b, 1:] = torch.stack((rows.sum(1), rows.square().sum(1)), dim=1)
+    return out if by_row else out.sum(0, keepdim=True)
 
 
 @torch.no_grad()
 def clip_part(part: Tensor, sigma: float, moments: Tensor) -> None:
-    """Clamp rows of a matrix by the spread of all its elements, whose :func:`moments` are given."""
-    n, total, squares = moments.unbind()
-    spread = ((squares - total * total / n).clamp_min(0) / (n - 1)).sqrt()
+    """Clamp a part of a matrix by the spread of the whole, or of its rows, by their moments.
+
+    Args:
+        moments: (1, 3) or (O, 3): what :func:`moments` gives, added up over all parts.
+    """
+    n, total, squares = moments.split(1, dim=1)
+    spread = ((squares - total * total / n).clamp_min(0) / (n - 1)).sqrt().expand(len(part), 1)
     for b in row_blocks(part):
-        _clamp(part[b], sigma * spread)
+        _clamp(part[b], sigma * spread[b])
 
 
 def _clamp(rows: Tensor, bound: Tensor) -> None:

@@ -121,6 +121,10 @@ def _refused_dtype(dtype: torch.dtype) -> str:
 
 
 def _refused_tiles(spec: MVMSpec) -> str:
+    if spec.sums:
+        return "other processes multiply the same inputs: the kernels do not stop at the DAC"
+    if spec.part:
+        return "the matrix is a part of one: the kernels draw noise and take maxima of a whole"
     if spec.activation:
         return f"the kernels end with the bias, not with {spec.activation}"
     largest, count = max(spec.in_sizes), len(spec.in_sizes)

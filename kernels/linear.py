@@ -28,6 +28,7 @@ from torch import Tensor
 from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.part import Part, summed
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import (
     code_scale,
@@ -153,7 +154,12 @@ def _draw(y: Tensor, seed: Tensor | None, tile: int, spec: MVMSpec) -> Tensor | 
     if not spec.out_noise:
         return None
     assert seed is not None
-    return noise.normal(seed, tile + 1, y.shape, y.dtype)
+    if not spec.part:
+        return noise.normal(seed, tile + 1, y.shape, y.dtype)
+    part, (count, outputs) = Part(*spec.part), y.shape
+    here = slice(part.row, part.row + outputs)
+    shape = (count, part.rows)
+    return noise.block(seed, part.tile + tile + 1, shape, slice(0, count), here, y.dtype)
 
 
 def any_beyond(y: Tensor, bound: Tensor) -> bool:
@@ -232,7 +238,8 @@ _STREAMED = 1 << 23
 def _streams(w: Tensor, clip: Tensor | None, spec: MVMSpec) -> bool:
     """Whether to take maxima and product of the weights block by block, reading them once."""
     plain = spec.needs_max and not is_modified(spec, clip) and w.dim() == 2
-    return plain and w.device.type == "cpu" and w.numel() >= _STREAMED
+    whole = w.device.type == "cpu" and not spec.peers
+    return plain and whole and w.numel() >= _STREAMED
 
 
 def _product_and_max(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +307,8 @@ def backward(
     need_x, _, _, need_range, _ = needs
     if need_x or need_range:
         rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
+        if spec.sums:
+            out = out._replace(x=summed(out.x, x.dtype, spec.sums))
         grads = through_dac(out.x, rows, input_range, spec)
         if need_range:
             out = out._replace(input_range=grads)
@@ -367,6 +376,8 @@ def backward_to_dac(
             ]
             grad_w = _join([pair[0] for pair in pairs])
             grad_clip = torch.stack([pair[1].flatten() for pair in pairs])
+            if spec.part:  # LSQ scales by the number of weights of the tile, all processes'
+                grad_clip *= math.sqrt(weight.shape[0] / spec.part[0])
             out = out._replace(clip=grad_clip.to(clip.dtype))
         if need_w:
             out = out._replace(weight=grad_w.reshape(weight.shape).to(weight.dtype))

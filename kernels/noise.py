@@ -9,9 +9,10 @@ device draws Philox, the generator of the Triton kernels.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -49,22 +50,80 @@ def normal(seed: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) 
     return out
 
 
+def block(
+    seed: Tensor,
+    stream: int,
+    shape: tuple[int, int],
+    rows: slice,
+    columns: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows and columns of what :func:`normal` gives for a matrix, which is not made as a whole.
+
+    On the CPU every chunk that holds an element of the block is drawn: rows cost what they hold,
+    columns what whole rows do.
+
+    Args:
+        shape: of the whole matrix.
+        rows, columns: with a start and a stop.
+    """
+    size = rows.stop - rows.start, columns.stop - columns.start
+    if seed.device.type != "cpu":
+        return philox.block(seed, stream, shape[1], rows, columns).to(dtype)
+    out = torch.empty(size, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    width, total = shape[1], math.prod(shape)
+    first = (rows.start * width + columns.start) // CHUNK
+    last = ((rows.stop - 1) * width + columns.stop - 1) // CHUNK
+
+    def draw(number: int) -> None:
+        start = number * CHUNK
+        chunk = torch.empty(min(CHUNK, total - start), dtype=dtype)
+        _draw(chunk, int(seed), stream, number)
+        for begin, end in _pieces(start, start + len(chunk), width):
+            # Whole rows, or a part of one.
+            at = begin // width
+            held = chunk[begin - start : end - start]
+            whole = held.view(-1, width) if end - begin >= width else held.unsqueeze(0)
+            left = begin - at * width
+            own = slice(max(columns.start - left, 0), max(columns.stop - left, 0))
+            picked = whole[max(rows.start - at, 0) : max(rows.stop - at, 0), own]
+            row, column = max(at - rows.start, 0), max(left - columns.start, 0)
+            out[row : row + picked.shape[0], column : column + picked.shape[1]] = picked
+
+    _in_threads(draw, range(first, last + 1))
+    return out
+
+
+def _pieces(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """A span of a matrix's elements as the end of a row, whole rows, and the beginning of one."""
+    first, last = min(-(-start // width) * width, stop), stop // width * width
+    edges = [start, first, max(first, last), stop]
+    return ((a, b) for a, b in itertools.pairwise(edges) if a < b)
+
+
 def _fill(out: Tensor, seed: int, stream: int) -> None:
     chunks = out.split(CHUNK)
+    _in_threads(lambda n: _draw(chunks[n], seed, stream, n), range(len(chunks)))
 
-    def fill(number: int) -> None:
-        generator = torch.Generator().manual_seed(_mix(seed, stream, number))
-        # Modes are a thread's own, and leaving inference mode turns gradients on.
-        with torch.inference_mode(out.is_inference()), torch.no_grad():
-            chunks[number].normal_(generator=generator)
 
-    threads = min(torch.get_num_threads(), len(chunks))
+def _draw(chunk: Tensor, seed: int, stream: int, number: int) -> None:
+    """Fill a chunk of a draw."""
+    generator = torch.Generator().manual_seed(_mix(seed, stream, number))
+    # Modes are a thread's own, and leaving inference mode turns gradients on.
+    with torch.inference_mode(chunk.is_inference()), torch.no_grad():
+        chunk.normal_(generator=generator)
+
+
+def _in_threads(draw: Callable[[int], None], numbers: range) -> None:
+    threads = min(torch.get_num_threads(), len(numbers))
     if threads > 1:
         # ATen draws with one core whatever the size, and releases the interpreter while it does.
-        list(_pool(threads).map(fill, range(len(chunks))))
+        list(_pool(threads).map(draw, numbers))
     else:
-        for number in range(len(chunks)):
-            fill(number)
+        for number in numbers:
+            draw(number)
 
 
 def _mix(*words: int) -> int:

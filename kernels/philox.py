@@ -52,6 +52,29 @@ def normal(seed: Tensor, stream: int, numel: int) -> Tensor:
         numel: how many values.
     """
     index = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seed.device)
+    return _quads(seed, stream, index).reshape(-1)[:numel]
+
+
+def block(seed: Tensor, stream: int, width: int, rows: slice, columns: slice) -> Tensor:
+    """Rows and columns of the matrix of a width that :func:`normal` gives, in its row-major order.
+
+    Args:
+        rows, columns: with a start and a stop.
+    """
+
+    def numbers(span: slice, step: int = 1) -> Tensor:
+        return torch.arange(span.start, span.stop, step, dtype=torch.int64, device=seed.device)
+
+    row = numbers(rows).unsqueeze(1) * width
+    if not any(n % 4 for n in (width, columns.start, columns.stop)):  # a counter has four of a row
+        return _quads(seed, stream, (row + numbers(columns, 4)) // 4).flatten(1)
+    index = row + numbers(columns)
+    quads = _quads(seed, stream, index // 4)
+    return quads.gather(-1, (index % 4).unsqueeze(-1)).squeeze(-1)
+
+
+def _quads(seed: Tensor, stream: int, index: Tensor) -> Tensor:
+    """The four values of every counter, in a last axis of their own."""
     zero = torch.zeros_like(index)
     counter = (index & _WORD, index >> 32, zero + stream, zero)
     words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
@@ -60,4 +83,4 @@ def normal(seed: Tensor, stream: int, numel: int) -> Tensor:
         radius = torch.sqrt(-2.0 * torch.log(_uniform(first).clamp_min(1.0e-7)))
         angle = 2.0 * math.pi * _uniform(second)
         lanes += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(lanes, dim=-1).reshape(-1)[:numel]
+    return torch.stack(lanes, dim=-1)

@@ -17,7 +17,7 @@ Notes are float64 (k, 8), one row for each tile; the columns are listed below.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from analogfx.kernels import patches
 from analogfx.kernels import reference as ref
+from analogfx.kernels.part import group_named
 from analogfx.kernels.patches import Window
 from analogfx.kernels.statistics import in_backward
 from analogfx.kernels.weights import grouped, tiles
@@ -190,8 +191,7 @@ def with_inputs_of(notes: Tensor, sums: Tensor) -> Tensor:
 
 def gathered(notes: Tensor, rule: Rule, processes: list[str]) -> Tensor:
     """Notes of all members of process groups, which all call this."""
-    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]
-    groups = [resolve(name) for name in processes]
+    groups = [group_named(name) for name in processes]
     sums, extremes = summands(notes), torch.stack((-notes[:, LOW], notes[:, HIGH]))
     for group in groups:
         dist.all_reduce(sums, group=group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 
@@ -43,6 +44,12 @@ class MVMSpec(NamedTuple):
     """Whether no input is below 0, so that a clamp has one side."""
     activation: str = ""
     """What follows the bias: "" for nothing, "relu", "gelu", "gelu_tanh" or "silu"."""
+    part: Sequence[int] = ()
+    """Where this matrix stands in a larger one, see ``kernels.part.Part``; empty for a whole."""
+    peers: str = ""
+    """The process group whose members hold rows of the same tiles; empty if none do."""
+    sums: str = ""
+    """The process group whose members multiply the same inputs; empty if none do."""
 
     @property
     def needs_max(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.part import Part, largest_of_tiles
 from analogfx.kernels.spec import MVMSpec
 
 
@@ -38,8 +39,17 @@ def maxima(w: Tensor, clip: Tensor | None, spec: MVMSpec) -> Tensor | None:
         clip: (k, O) or None.
 
     Returns:
-        (k, O) or (k, groups, O / groups); None where nothing needs it.
+        (k, O) or (k, groups, O / groups); None where nothing needs it. Where other processes hold
+        rows of the same tiles, the maxima of these tiles stand behind those of the rows.
     """
+    peaks = _row_maxima(w, clip, spec)
+    if peaks is None or not spec.peers:
+        return peaks
+    of_tiles = largest_of_tiles(peaks, spec.out_sizes, Part(*spec.part), spec.peers)
+    return torch.cat((peaks, of_tiles), dim=-1)
+
+
+def _row_maxima(w: Tensor, clip: Tensor | None, spec: MVMSpec) -> Tensor | None:
     if clip is not None:
         return grouped(ref.wide(clip).abs(), spec.groups, 1)
     if not spec.needs_max:
@@ -53,6 +63,12 @@ def maxima(w: Tensor, clip: Tensor | None, spec: MVMSpec) -> Tensor | None:
 def scale(peak: Tensor | None, per_channel: bool, spec: MVMSpec) -> Tensor:
     """Each row's own maximum in one tile, or that of the tile along the outputs that holds it."""
     assert peak is not None
+    if spec.peers:
+        rows, of_tiles = peak.split([sum(spec.out_sizes), len(spec.out_sizes)], dim=-1)
+        if per_channel:
+            return rows
+        counts = torch.tensor(spec.out_sizes, device=peak.device)
+        return of_tiles.repeat_interleave(counts, dim=-1, output_size=sum(spec.out_sizes))
     return peak if per_channel else ref.tile_max(peak, spec.out_sizes)
 
 
@@ -112,7 +128,7 @@ def modified_weight(
         out = torch.empty_like(w, dtype=dtype)
     else:
         assert seed is not None
-        out = noise.normal(seed, 0, w.shape, dtype)
+        out = weight_draw(seed, w, dtype, spec)
     for b in row_blocks(w):
         part = w[b]
         if bound is not None:
@@ -126,6 +142,16 @@ def modified_weight(
         else:
             out[b].mul_(_spread(sigma[b], spec.in_sizes)).add_(part)
     return out
+
+
+def weight_draw(seed: Tensor, w: Tensor, dtype: torch.dtype, spec: MVMSpec) -> Tensor:
+    """Standard normal values for the noise of weights, of their shape."""
+    if not spec.part:
+        return noise.normal(seed, 0, w.shape, dtype)
+    part = Part(*spec.part)
+    rows = slice(part.row, part.row + w.shape[0])
+    columns = slice(part.column, part.column + w.shape[1])
+    return noise.block(seed, 0, (part.rows, part.columns), rows, columns, dtype)
 
 
 def _spread(v: Tensor, in_sizes: list[int]) -> Tensor:

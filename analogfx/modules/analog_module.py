@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from analogfx import shards
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
+from analogfx.modules.parallel import DISTRIBUTED
 from analogfx.modules.placement import Placement
 from analogfx.modules.remember import clip_names, renew_notes, reset_state
 from analogfx.state import as_state
@@ -40,6 +41,8 @@ class AnalogModule(nn.Module):
         if isinstance(value, nn.Parameter):
             # Sharding wrappers fill a weight anew and put it in place, without torch counting it.
             changes.written((value,))
+        if placement is not None and name == DISTRIBUTED:
+            placement.distribute(self)
         # What a forward reads of its module is part of its graphs.
         # (DeepSpeed keeps its books on modules under names of ds_.)
         plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith(("_", "ds_"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from analogfx import held, shards
 from analogfx.config import Resolved, TorchInferenceRPUConfig, resolve
 from analogfx.errors import CaptureError, PlacementError
 from analogfx.kernels import changes, dispatch
+from analogfx.modules import parallel
 from analogfx.modules import program as programs
 from analogfx.modules.capture import (
     TRACING,
@@ -86,6 +88,10 @@ class Placement:
         self._late: dict[tuple[bool, Any], Program] = {}
         """Programs built on their first use, where Dynamo looks when that is in its trace."""
         self._readers: tuple[str, ...] = ()
+        self.layout: parallel.Layout | None = None
+        """How tensor parallelism cut the module; None if it did not."""
+        self._parts: dict[bool, Callable[..., Any]] = {}
+        """By mode, the forward of the part that this process holds."""
         self._steps: int | None = None
         """Steps that optimizers had made when it first wrote its ranges in training."""
         self._read: list[Any] = []
@@ -128,6 +134,7 @@ class Placement:
         pattern = _key(default_pattern(module))
         self.programs = {(True, pattern): train, (False, pattern): evaluate}
         self._late = {}
+        self._parts = {}
         self.left = {}
         self._readers = tuple(dict.fromkeys(train.readers + evaluate.readers))
         self.watch(module)
@@ -300,7 +307,7 @@ class Placement:
         """Run the module's graph for its mode.
 
         Raises:
-            PlacementError: its parameters are cut for tensor parallelism.
+            PlacementError: tensor parallelism cut its parameters as no analog layer can be cut.
             RuntimeError: under ``torch.func``, which cannot store what ranges learn from the data.
         """
         training = module.training
@@ -314,8 +321,8 @@ class Placement:
             )
         if self.unset or self._reading(module) != self._read:
             self.follow(module)
-        if shards.any_dtensor():
-            self._refuse_tensor_parallel(module)
+        if shards.any_dtensor() and (paths := self._in_parts(module)):
+            return self._tensor_parallel(module, paths, args, kwargs)
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
         program = self.program(module, training, pattern)
         holdings = held.of(self)
@@ -331,16 +338,52 @@ class Placement:
         run = program.explicit if programs._explicit else program.fused
         return run(module, *args, **kwargs)
 
-    def _refuse_tensor_parallel(self, module: nn.Module) -> None:
-        """Refuse parameters that are in shards while the module runs."""
-        for path in self._readers:
-            for name, p in (_inside(module, path) if path else module)._parameters.items():
-                if p is not None and shards.is_sharded(p):
-                    raise PlacementError(
-                        f"{self.name or type(module).__name__}: {name} is a DTensor in the "
-                        "forward, as ColwiseParallel and RowwiseParallel make it: parallelize "
-                        "digital layers alone, or shard analog ones by fully_shard"
-                    )
+    def distribute(self, module: nn.Module) -> None:
+        """Follow ``distribute_module``: the state is cut as the weights are.
+
+        Raises:
+            PlacementError: they cannot be cut so.
+        """
+        if self._in_parts(module):
+            self.layout = parallel.layout_of(self._called(module), module, self.sites)
+            parallel.place_state(module, self.layout)
+            renew_notes(module, self.sites, self.resolved)
+
+    def _in_parts(self, module: nn.Module) -> list[str]:
+        """Paths of modules whose parameters are DTensors, as tensor parallelism has them."""
+        return [
+            path
+            for path in self._readers
+            for p in (_inside(module, path) if path else module)._parameters.values()
+            if p is not None and shards.is_sharded(p)
+        ]
+
+    def _tensor_parallel(self, module: nn.Module, paths: list[str], args: Any, kwargs: Any) -> Any:
+        """Run the part of the module that this process holds."""
+        if any(paths):
+            raise PlacementError(
+                f"{self._called(module)}: it multiplies by DTensors of {max(paths)}: leave that "
+                "out of the tensor-parallel plan"
+            )
+        if held.of(self) is not None:
+            raise PlacementError(
+                f"{self._called(module)}: a chip's weights are whole, and this layer is cut for "
+                "tensor parallelism: evaluate chips on a model that is not"
+            )
+        if self.layout is None:
+            self.layout = parallel.layout_of(self._called(module), module, self.sites)
+        if module.training not in self._parts:
+            pattern = default_pattern(module)
+            self._parts[module.training] = build(
+                module,
+                self.resolved,
+                module.training,
+                pattern,
+                passes=self.passes,
+                share=self.layout.share,
+            ).fused
+        run = self._parts[module.training]
+        return parallel.run(self.layout, module, run, args, kwargs)
 
     def _warn_if_alone(self) -> None:
         """Warn once a process if ranges follow its own data while others train beside it."""
@@ -375,13 +418,13 @@ class Placement:
         """A copy with its own config; programs never change and stay shared."""
         twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
         own = {"programs": dict(self.programs), "left": dict(self.left), "unset": set(self.unset)}
-        new = {"config": twin.config, "number": twin.number, "_late": {}}
+        new = {"config": twin.config, "number": twin.number, "_late": {}, "_parts": {}}
         twin.__dict__.update(self.__dict__ | new | own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the programs, which are built again after unpickling."""
-        empty: dict[str, Any] = {"programs": {}, "left": {}, "_late": {}}
+        empty: dict[str, Any] = {"programs": {}, "left": {}, "_late": {}, "_parts": {}}
         return self.__dict__ | {"config": self.config.to_dict()} | empty
 
     def __setstate__(self, state: dict[str, Any]) -> None:

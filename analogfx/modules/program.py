@@ -24,6 +24,7 @@ from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
 from analogfx.passes.sites import fused_sites
 from analogfx.passes.stationary import without_cast
+from analogfx.passes.take_part import Share, take_part
 from analogfx.state import StateNames
 
 _explicit = False
@@ -121,6 +122,7 @@ def build(
     pattern: Pattern,
     debug_dir: Path | None = None,
     passes: Sequence[pipeline.Pass] = (),
+    share: Share | None = None,
 ) -> Program:
     """Capture a module's forward and run the passes over it.
 
@@ -128,13 +130,14 @@ def build(
         config: scalars of the module's sites; None leaves its products digital.
         debug_dir: where to write the graph after every pass.
         passes: the caller's own, which see one node for every role.
+        share: the part of its one product that this process computes; None for all of it.
 
     Raises:
-        CaptureError: the forward cannot be traced.
+        CaptureError: the forward cannot be traced, or its product cannot be cut.
         PassError: one of ``passes`` failed.
     """
     with TRACING:
-        return _build(module, config, training, pattern, debug_dir, passes)
+        return _build(module, config, training, pattern, debug_dir, passes, share)
 
 
 def _build(
@@ -144,6 +147,7 @@ def _build(
     pattern: Pattern,
     debug_dir: Path | None,
     passes: Sequence[pipeline.Pass],
+    share: Share | None = None,
 ) -> Program:
     graph = capture(module, training, pattern)
     context = _ModuleContext(config, training, module=module)
@@ -162,8 +166,12 @@ def _build(
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.op) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
     decisions = tuple(pipeline.decisions(graph))
+    if share is not None:
+        if None in lowered:
+            raise CaptureError("its chain of ops is not one that lower knows, so no part can run")
+        pipeline.run((functools.partial(take_part, share=share),), graph, context, after)
     run, held = bound(module, graph, apart), None
-    if not training and sites and None not in lowered:
+    if not training and sites and None not in lowered and share is None:
         pipeline.run((hold,), graph, context)
         held = bound(module, graph, apart)
         if is_driven(module):

@@ -91,8 +91,10 @@ def renew_notes(module: nn.Module, sites: Sequence[AnalogSite], config: Resolved
     """Give sites empty notes of what training sees, if their config collects such; else none."""
     for site in sites:
         if config.collects:
-            count = getattr(module, site.state.of(COUNT))
-            setattr(module, site.state.seen, seen.nothing(len(site.in_sizes), count.device))
+            count = shards.local(
+                getattr(module, site.state.of(COUNT))
+            )  # of the tiles that are here
+            setattr(module, site.state.seen, seen.nothing(count.numel(), count.device))
             open_ = count.is_meta or bool((count < config.init_from_data).any())
             setattr(module, site.state.initializes, torch.tensor(open_, device="cpu"))
         else:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from analogfx.modules.analog_module import AnalogModule, analog_class, finish_load
+from analogfx.modules.parallel import DISTRIBUTED
 from analogfx.modules.placement import Placement
 from analogfx.modules.remember import forget_state, register_state, renew_notes
 
 
 def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -> None:
-    """Make a module analog in place; nothing here can fail.
+    """Make a module analog in place; nothing here can fail but a cut for tensor parallelism.
 
     Args:
         placement: has programs with sites.
@@ -29,6 +30,8 @@ def swap(module: nn.Module, placement: Placement, state: Mapping[str, Tensor]) -
     module.__class__ = _rebased(cls, below, analog_class(below, placement.inherited))
     module.register_load_state_dict_post_hook(finish_load)
     register_state(module, state)
+    if DISTRIBUTED in module.__dict__:
+        placement.distribute(module)
 
 
 def unswap(module: AnalogModule) -> None:

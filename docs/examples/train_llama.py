@@ -3,13 +3,19 @@
     torchrun --nproc-per-node 2 docs/examples/train_llama.py
 
 Each process sees its own sequences. The table has the mean loss of every step: of one process that
-sees all sequences, under DistributedDataParallel, and under FSDP2.
+sees all sequences, under DistributedDataParallel, under FSDP2, and under tensor parallelism, where
+all processes see all sequences.
 """
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +32,7 @@ def analog_llama():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads)).double()
     config = analogfx.recipes.afm()
     config.pre_post.input_range.init_from_data = 4
+    config.mapping.max_input_size = 16  # tiles end where tensor parallelism cuts
     config.modifier.noise_type = analogfx.WeightNoiseInjectionType.NONE  # other noise, other losses
     return analogfx.analogize(model, config)
 
@@ -68,6 +75,14 @@ def main():
     for unit in (*model.model.layers, model):
         fully_shard(unit, mesh=mesh, **analogfx.distributed.fully_shard_policy(unit))
     curves["FSDP2"] = train(model, dist.group.WORLD, [rank])
+
+    model, mesh = analog_llama(), init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj")
+    plan = dict.fromkeys((*columns, "mlp.up_proj"), ColwiseParallel())
+    plan |= dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel())
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+    curves["TP"] = train(model, alone, range(world))
 
     if rank == 0:
         print("step" + "".join(f"{name:>14}" for name in curves))

@@ -34,11 +34,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 import analogfx
@@ -352,13 +347,3 @@ def zero(rank, folder):
     train(model, optimizer, (batch(rank, number) for number in range(STEPS)))
     same_everywhere(model)
     close(state(model), expected)
-
-
-@case("layers cut for tensor parallelism are refused by name")
-def tensor_parallel(rank, folder):
-    model = analogfx.analogize(net(), config())
-    block = parallelize_module(
-        model.blocks[0], mesh(), {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    )
-    with pytest.raises(PlacementError, match=r"blocks[.]0[.]up.*DTensor.*fully_shard"):
-        block(torch.randn(2, 16, dtype=torch.float64))

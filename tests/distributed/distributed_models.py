@@ -162,8 +162,8 @@ def one_process(made, batches, accumulate=1):
 
 def same_everywhere(model):
     for name, tensor in state(model).items():
-        first, second = gathered(tensor)
-        assert torch.equal(first, second), name
+        first, *others = gathered(tensor)
+        assert all(torch.equal(first, other) for other in others), name
 
 
 def close(found, expected, names=None):

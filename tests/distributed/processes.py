@@ -1,4 +1,4 @@
-"""Two processes that run all cases in one go: starting them takes longer than most cases."""
+"""Processes that run all cases in one go: starting them takes longer than most cases."""
 
 import importlib
 import json
@@ -18,14 +18,14 @@ import torch.multiprocessing as mp
 WORLD = 2
 
 
-def _run(rank, port, module, folder):
+def _run(rank, port, module, folder, world):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     outcome = Path(folder) / f"{rank}.json"
     results = {}
     for name, case in importlib.import_module(module).CASES.items():
@@ -46,25 +46,25 @@ def _run(rank, port, module, folder):
     dist.destroy_process_group()
 
 
-def outcomes(module, folder):
+def outcomes(module, folder, world=WORLD):
     """What every rank says of every case: nothing for a case that passed, else its traceback.
 
     A case after one that failed was not run.
 
     Args:
-        module: has ``CASES``, functions of (rank, a folder that both see) by name.
+        module: has ``CASES``, functions of (rank, a folder that all see) by name.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_run, (port, module, str(folder)), nprocs=WORLD)
-    return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    mp.spawn(_run, (port, module, str(folder), world), nprocs=world)
+    return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 def gathered(tensor):
     """A tensor of every rank."""
     tensor = tensor.detach().contiguous()
-    found = [torch.empty_like(tensor) for _ in range(WORLD)]
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(found, tensor)
     return found
 
