@@ -1,5 +1,9 @@
 """Compile PyTorch models into models for analog in-memory-computing chips."""
 
+from analogfx import versions as versions  # first: it says so where a package is too old
+
+# isort: split
+
 from analogfx import chip, distributed, errors, hardware, recipes
 from analogfx.api import analogize, to_digital
 from analogfx.audit import audit

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from analogfx import versions
 from analogfx.errors import KernelError
 from analogfx.kernels import clip, conv, experts, linear, plan, statistics
 from analogfx.kernels.linear import Gradients
@@ -74,6 +75,8 @@ def _interpreted() -> bool:
 def _refused_device(device: torch.device) -> str:
     if not _installed():
         return "triton is not installed"
+    if reason := versions.too_old("triton"):
+        return reason
     if device.type == "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1" and _interpreted():
             return "TRITON_INTERPRET is set, and the interpreter is for the CPU"

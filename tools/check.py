@@ -1,8 +1,13 @@
-"""The one check command, for developers and for CI: ``python tools/check.py [--only NAME ...]``."""
+"""The one check command, for developers and for CI: ``python tools/check.py [--only NAME ...]``.
+
+``--torch 2.11`` runs the tests of what hooks into torch and Triton with another torch, in an
+environment that is made for it: a few GB, so CI does not.
+"""
 
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,6 +74,54 @@ def check_tests() -> bool:
     return run(sys.executable, "-m", "pytest")
 
 
+LIGHTNING = "aihwkit-lightning"
+
+HOOKED = (
+    "tests/backend",
+    "tests/kernels",
+    "tests/ops",
+    "tests/test_compile.py",
+    "tests/test_ops.py",
+    "tests/test_versions.py",
+    "tests/onnx/test_export.py",
+)
+"""Tests of what hooks into parts of torch, Triton and onnx-ir that change."""
+
+OLD = {"2.11": ("numpy<2.4", "onnx-ir==1.0.0", "setuptools<82")}
+"""What goes with a torch besides: Triton 3.6's interpreter fails with NumPy 2.4."""
+
+
+def check_torch(version: str) -> bool:
+    """The tests of :data:`HOOKED` with a torch of another version, in an environment for it."""
+    folder = ROOT / f".torch-{version}"
+    python = folder / "bin" / "python"
+    if not folder.joinpath("complete").exists():
+        if not (run(sys.executable, "-m", "venv", folder) and _filled(python, version)):
+            return False
+        folder.joinpath("complete").touch()
+    return run(python, "-m", "pytest", *HOOKED)
+
+
+def _filled(python: Path, version: str) -> bool:
+    """Install a torch, and the tested versions of all else that it allows."""
+    pins = ROOT.joinpath("constraints.txt").read_text().splitlines()
+    pinned = [pin for pin in pins if "==" in pin]
+    others = OLD.get(version, ())
+    free = {re.split("[<=>]", other)[0] for other in others} | {"torch", "triton", LIGHTNING}
+    wanted = ("pytest", "hypothesis", "transformers", "onnx", "onnxscript", "onnxruntime",
+              "scikit-learn", "matplotlib", "onnx-ir", "numpy", "setuptools")  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        constraints = Path(scratch, "constraints.txt")
+        constraints.write_text("\n".join(p for p in pinned if p.split("==")[0] not in free))
+        install = (python, "-m", "pip", "install", "--quiet")
+        torch = f"torch=={version}.*"
+        # Without its dependencies: it asks for the one torch that it was released with.
+        lightning = next(pin for pin in pinned if pin.startswith(LIGHTNING))
+        return run(*install, "-c", constraints, torch, *wanted, *others, "-e", str(ROOT)) and run(
+            *install, "--no-deps", lightning
+        )
+
+
 CHECKS = {
     "format": check_format,
     "lint": check_lint,
@@ -102,8 +155,12 @@ def main() -> int:
     """Run the chosen checks, all of them even if one fails; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME")
+    parser.add_argument("--torch", metavar="VERSION", help="the tests of the compiler, with it")
+    args = parser.parse_args()
+    if args.torch:
+        return 0 if check_torch(args.torch) else 1
     summary = []
-    for name in parser.parse_args().only:
+    for name in args.only:
         start = time.perf_counter()
         passed = CHECKS[name]()
         seconds = time.perf_counter() - start

@@ -3,8 +3,8 @@
 Compiles every shipped configuration for sm_80 and sm_90, without a GPU, and prints registers,
 spilled bytes (of a thread's stack frame), shared memory, matrix instructions in the machine code,
 and divisions that PTX does not round correctly (a kernel that has some must correct them). With
-``--check`` it fails where a kernel spills, exceeds the chip's shared memory, or computes a product
-of 16 or 8 bits without the matrix instructions of its chip.
+``--check`` it fails where a kernel spills, exceeds the chip's shared memory, computes a product of
+16 or 8 bits without the matrix instructions of its chip, or has them wait for one another.
 
 ``--roofline`` compiles nothing: it prints what every launch moves and computes for the shapes of
 the benchmark, and the least time that an H200 needs for it.
@@ -43,7 +43,7 @@ TENSOR = ("HMMA", "IMMA", *WARPGROUP)
 WARPGROUP_ROWS = 64
 """Rows of the smallest product that a warpgroup computes in one instruction."""
 
-FORMAT = 1
+FORMAT = 2
 """Counted up where cached reports no longer say what a report now says."""
 
 
@@ -58,6 +58,8 @@ class Report(NamedTuple):
     """Matrix instructions in the machine code, by their opcode."""
     approximate: int
     """Divisions in the PTX that are not rounded correctly."""
+    serialised: bool = False
+    """Whether ptxas makes every product of a warpgroup wait for the one before."""
 
 
 # --------------------------------------------------------------------------------- compilation
@@ -107,7 +109,29 @@ def compiled(kernel: "Shipped", arch: int) -> Report:
         shared=made.metadata.shared,
         matrix=matrix_instructions(text),
         approximate=approximate_divisions(made.asm["ptx"]),
+        serialised=is_serialised(made.asm["ptx"], arch),
     )
+
+
+SERIALISED = "C7515"
+"""The number of ptxas's note that it serialises the products of warpgroups in a function."""
+
+
+def is_serialised(ptx: str, arch: int) -> bool:
+    """Whether ptxas says that it serialises the products: triton drops what ptxas says."""
+    if "wgmma" not in ptx:
+        return False
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        name = f"--gpu-name=sm_{arch}a"  # the instructions of this very chip, as triton asks for
+        command = [get_ptxas(arch).path, name, str(source), "-o", str(source.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return SERIALISED in done.stderr
 
 
 def disassembled(cubin: bytes) -> str:
@@ -160,6 +184,8 @@ def problems(kernel: "Shipped", arch: int, report: Report) -> list[str]:
     needed = wanted_instructions(kernel, arch)
     if needed and not any(name in report.matrix for name in needed):
         found.append(f"a {kernel.dtype} product without {' or '.join(needed)}")
+    if report.serialised:
+        found.append(f"its warpgroup products wait for one another (ptxas {SERIALISED})")
     return [f"{kernel.name}, sm_{arch}: {reason}" for reason in found]
 
 

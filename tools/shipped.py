@@ -14,12 +14,12 @@ from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.clip import clip_launch
 from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch, linear_forward
-from analogfx.kernels.triton.input_gradient import input_launch, partial_shape
+from analogfx.kernels.triton.input_gradient import input_launches, partial_shape
 from analogfx.kernels.triton.inputs import Operand, convert_launch
 from analogfx.kernels.triton.launch import Launch, blocks_of, is_interpreted
 from analogfx.kernels.triton.statistics import moments_launch, range_launch
 from analogfx.kernels.triton.tile import Periphery
-from analogfx.kernels.triton.weight_gradient import weight_launch
+from analogfx.kernels.triton.weight_gradient import weight_launches
 from analogfx.kernels.triton.weights import modify_launch, row_max_launch
 
 _TYPES = {
@@ -267,6 +267,10 @@ def _products(
             yield _product(f"linear_clipped[{text},{block.text},{kind}]", launch, text)
 
 
+_LAUNCHES = ("", ", clipped")
+"""The launches of a backward product: of blocks in which nothing was clipped, and of the others."""
+
+
 def _backward(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
     x = _empty(N, INPUTS, dtype=dtype)
     for site, spec in SITES.items():
@@ -288,8 +292,9 @@ def _gradients(text: str, x: Tensor, outputs: int, site: str, spec: MVMSpec) -> 
         shared["marked"] = _empty(k, blocks_of(N, plan.PATCH[0]), dtype=torch.uint8)
     block = blocks.of_input_gradient(g, spec)
     partial = _empty(*partial_shape(N, spec, block))
-    launch = input_launch(g, w, x, **shared, dx=x, partial=partial, spec=spec, block=block)
-    yield _product(f"linear_backward_input[{text},{block.text},{site}]", launch, text)
+    made = input_launches(g, w, x, **shared, dx=x, partial=partial, spec=spec, block=block)
+    for which, launch in zip(_LAUNCHES, made, strict=False):
+        yield _product(f"linear_backward_input[{text},{block.text},{site}{which}]", launch, text)
     for kind, clip, convert in (
         ("", None, False),
         (", learned clip", _empty(k, outputs), True),
@@ -297,8 +302,9 @@ def _gradients(text: str, x: Tensor, outputs: int, site: str, spec: MVMSpec) -> 
         block = blocks.of_weight_gradient(g, clip is not None, spec)
         inputs = Operand(x, convert, spec)
         partial = _empty(1)
-        launch = weight_launch(
+        made = weight_launches(
             g, inputs, w, **shared, clip=clip, dw=w, partial=partial, block=block
         )
-        name = f"linear_backward_weight[{text},{block.text},{site}{kind}]"
-        yield _product(name, launch, text)
+        for which, launch in zip(_LAUNCHES, made, strict=False):
+            name = f"linear_backward_weight[{text},{block.text},{site}{kind}{which}]"
+            yield _product(name, launch, text)

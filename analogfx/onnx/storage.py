@@ -9,10 +9,12 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from analogfx import versions
 from analogfx.errors import OnnxError
 
 _INLINE_LIMIT = 1 << 26
@@ -66,8 +68,7 @@ def write(model: ir.Model, target: Path, accept: Callable[[Path], None]) -> None
                 file,
                 external_data=data,
                 size_threshold_bytes=_EXTERNAL,
-                max_workers=1,
-                max_in_flight_bytes=_IN_FLIGHT,
+                **_one_by_one(),
             )
             accept(file)
             replaced = _data_of(target)
@@ -75,6 +76,13 @@ def write(model: ir.Model, target: Path, accept: Callable[[Path], None]) -> None
             _remove(target, replaced)
     except OSError as error:
         raise OnnxError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _one_by_one() -> dict[str, Any]:
+    """Options that keep few weights in memory while they are written."""
+    if versions.there(versions.ONE_WRITER):
+        return {}
+    return {"max_workers": 1, "max_in_flight_bytes": _IN_FLIGHT}
 
 
 def _move(file: Path, target: Path, data: str | None) -> None:

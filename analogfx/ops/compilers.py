@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import EffectType, Library  # type: ignore[attr-defined]
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
+from analogfx import versions
+
 KEPT: set[OpOverload] = set()
 """Ops whose results a compiled checkpoint saves, see :func:`keep_result`."""
 
@@ -64,6 +66,8 @@ def order_in_inductor(op: OpOverload) -> None:
         if previous is not None:
             graph.additional_star_deps[kernel.get_operation_name()].add(previous.get_name())
         graph.__dict__["_analogfx_last_draw"] = kernel
+        if versions.there(versions.UNBOXED):
+            return ir.TensorBox.create(result)
         return result.wrap_for_lowering()
 
     lowering.register_lowering(op, type_promotion_kind=None)(lower)

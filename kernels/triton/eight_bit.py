@@ -53,17 +53,33 @@ _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def prepare(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:
-    """The codes of a weight (O, I), kept until it or its clip changes; see ``kernels.changes``."""
+    """The codes of a weight (O, I), kept until it or its clip changes; see ``kernels.changes``.
+
+    A CUDA graph makes its own at every replay: those that are made while one is captured are in its
+    memory, and hold nothing before a replay; and those that are kept may be freed before it ends.
+    """
+    stream = _stream(weight)
+    if stream is None:
+        return _quantised(weight, clip, spec)
     kept = _prepared.setdefault(changes.owner(weight), {})
     part = weight.shape, weight.stride(), weight.storage_offset(), weight.dtype
     of_spec = tuple(spec.in_sizes), tuple(spec.out_sizes), spec.weight_states
-    key = part, of_spec, spec.weight_per_channel
+    key = part, of_spec, spec.weight_per_channel, stream
     found = kept.get(key)
     if found is None or not found.fits(weight, clip):
         clip_then = None if clip is None else (weakref.ref(clip), changes.stamp(clip))
         codes = _quantised(weight, clip, spec)
         found = kept[key] = _Kept(changes.stamp(weight), clip_then, codes)
     return found.codes
+
+
+def _stream(weight: Tensor) -> int | None:
+    """The stream that makes codes, and need not wait for them; None while a graph is captured."""
+    if not weight.is_cuda:
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(weight.device).cuda_stream
 
 
 def _quantised(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:

@@ -6,6 +6,10 @@ With g_t the gradient of the output, 0 where tile t's ADC clipped:
     dr_t   = r_t sum_{|x| >= r_t} min(sign(x) (g_t W~[t]), 0)     static: data term; with a count
     dr_t   = sum_{|x| > r_t} sign(x) (g_t W~[t])                  fast
 
+The blocks in which something was clipped are a launch of their own. The other loop reads no bits,
+and takes g from memory to the tensor cores without a detour through registers. With both loops in
+one function, ptxas makes every product of a warpgroup wait for the one before (its note C7515).
+
 Straight through every rounding and noise. A block lies within one tile; what it adds to a range's
 gradient it stores beside the others', to be summed in one order: no atomics.
 """
@@ -138,6 +142,7 @@ def linear_backward_input(
     stride_wi,
     stride_xn,
     stride_xi,
+    MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     WHOLE: tl.constexpr,
     TILES: tl.constexpr,
@@ -148,12 +153,21 @@ def linear_backward_input(
     BLOCK_IN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One block of one tile's inputs: its gradient, and what it adds to that of the range."""
+    """One block of one tile's inputs: its gradient, and what it adds to that of the range.
+
+    With bits, MASKED computes the blocks in which something was clipped, and without it the others.
+    """
     per_tile = tl.cdiv(size if EVEN else size + 1, BLOCK_IN)
     n_down = tl.cdiv(n_rows, BLOCK_ROWS)
     row, column = swizzled(tl.program_id(0), n_down, per_tile * TILES, GROUP)
     tile = column // per_tile
     start, length = tile_span(tile, size, larger, EVEN)
+    if p_bits is not None:
+        down: tl.constexpr = BLOCK_ROWS // PATCH_ROWS
+        patches = tl.cdiv(n_rows, PATCH_ROWS)
+        p_marks = p_marked + tile.to(tl.int64) * patches
+        if any_marked(p_marks, row * down, patches, down) != MASKED:
+            return  # the other launch computes it
     o_row = row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_column = (column % per_tile) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     o_input = (start + o_column).to(tl.int64)
@@ -164,26 +178,10 @@ def linear_backward_input(
     p_g += in_row[:, None] * stride_gn
     p_w += o_input[None, :] * stride_wi
 
-    if p_bits is None:
-        acc = gradient_product(
-            p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo, False,
-            WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-        )  # fmt: skip
-    else:
-        # A loop of its own for a block in which nothing was clipped: it reads no bits, and g goes
-        # from memory to the tensor cores without a detour through registers.
-        down: tl.constexpr = BLOCK_ROWS // PATCH_ROWS
-        patches = tl.cdiv(n_rows, PATCH_ROWS)
-        if any_marked(p_marked + tile.to(tl.int64) * patches, row * down, patches, down):
-            acc = gradient_product(
-                p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo,
-                True, WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-            )  # fmt: skip
-        else:
-            acc = gradient_product(
-                p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo,
-                False, WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-            )  # fmt: skip
+    acc = gradient_product(
+        p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo, MASKED,
+        WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
 
     # Half a block at a time: beside the accumulator, addresses of all of x do not fit.
     HALF: tl.constexpr = BLOCK_IN // 2
@@ -204,7 +202,7 @@ def linear_backward_input(
         tl.store(p_partial + TILES * blocks + at, count + more_count)
 
 
-def input_launch(
+def input_launches(
     g: Tensor,
     w: Tensor,
     x: Tensor,
@@ -216,8 +214,11 @@ def input_launch(
     partial: Tensor | None,
     spec: MVMSpec,
     block: Blocks,
-) -> Launch:
+) -> tuple[Launch, ...]:
     """Gradients of x (N, I) and of the ranges from g (N, O) and the modified weights (O, I).
+
+    One launch without bits; with bits one for the blocks in which nothing was clipped, and one for
+    the others.
 
     Args:
         bits: uint8 (k, N, ceil(O / 8)): what a bound clipped, None where there is no bound.
@@ -228,41 +229,45 @@ def input_launch(
     rows, outputs = g.shape
     per_tile = blocks_of(max(spec.in_sizes), block.inputs)
     has_range = ranges is not None and spec.range_mode in ("static", "fast")
-    return Launch(
-        linear_backward_input,
-        (blocks_of(rows, block.rows) * per_tile * len(spec.in_sizes),),
-        {
-            "p_g": g,
-            "p_w": w,
-            "p_x": x if has_range else None,
-            "p_range": ranges if has_range else None,
-            "p_bits": bits,
-            "p_marked": marked,
-            "p_dx": dx,
-            "p_partial": partial,
-            "n_rows": rows,
-            "n_outputs": outputs,
-            "n_inputs": w.shape[1],
-            **geometry(spec),
-            "stride_gn": g.stride(0),
-            "stride_go": g.stride(1),
-            "stride_wo": w.stride(0),
-            "stride_wi": w.stride(1),
-            "stride_xn": x.stride(0),
-            "stride_xi": x.stride(1),
-        },
-        {
-            "EVEN": is_even(spec),
-            "WHOLE": outputs % block.outputs == 0,
-            "TILES": len(spec.in_sizes),
-            "RANGE": spec.range_mode if has_range else "none",
-            "PRECISION": precision_of(w.dtype),
-            "BLOCK_ROWS": block.rows,
-            "BLOCK_OUT": block.outputs,
-            "BLOCK_IN": block.inputs,
-            "GROUP": blocks.GROUP,
-        },
-        block.options,
+    return tuple(
+        Launch(
+            linear_backward_input,
+            (blocks_of(rows, block.rows) * per_tile * len(spec.in_sizes),),
+            {
+                "p_g": g,
+                "p_w": w,
+                "p_x": x if has_range else None,
+                "p_range": ranges if has_range else None,
+                "p_bits": bits,
+                "p_marked": marked,
+                "p_dx": dx,
+                "p_partial": partial,
+                "n_rows": rows,
+                "n_outputs": outputs,
+                "n_inputs": w.shape[1],
+                **geometry(spec),
+                "stride_gn": g.stride(0),
+                "stride_go": g.stride(1),
+                "stride_wo": w.stride(0),
+                "stride_wi": w.stride(1),
+                "stride_xn": x.stride(0),
+                "stride_xi": x.stride(1),
+            },
+            {
+                "MASKED": masked,
+                "EVEN": is_even(spec),
+                "WHOLE": outputs % block.outputs == 0,
+                "TILES": len(spec.in_sizes),
+                "RANGE": spec.range_mode if has_range else "none",
+                "PRECISION": precision_of(w.dtype),
+                "BLOCK_ROWS": block.rows,
+                "BLOCK_OUT": block.outputs,
+                "BLOCK_IN": block.inputs,
+                "GROUP": blocks.GROUP,
+            },
+            block.options,
+        )
+        for masked in ((False,) if bits is None else (False, True))
     )
 
 

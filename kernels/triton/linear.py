@@ -24,11 +24,11 @@ from analogfx.kernels.triton import blocks, eight_bit, inputs
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch
-from analogfx.kernels.triton.input_gradient import input_launch, partial_shape
+from analogfx.kernels.triton.input_gradient import input_launches, partial_shape
 from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import blocks_of, geometry
 from analogfx.kernels.triton.tile import Periphery
-from analogfx.kernels.triton.weight_gradient import weight_launch
+from analogfx.kernels.triton.weight_gradient import weight_launches
 from analogfx.kernels.triton.weights import (
     code_scale,
     maxima,
@@ -254,7 +254,7 @@ def _input_gradients(
     partial = None
     if need_range:
         partial = x.new_empty(partial_shape(rows.shape[0], spec, block), dtype=torch.float32)
-    input_launch(
+    for launch in input_launches(
         g,
         w,
         rows,
@@ -265,7 +265,8 @@ def _input_gradients(
         partial=partial,
         spec=spec,
         block=block,
-    ).run()
+    ):
+        launch.run()
     if partial is None:
         return dx, None
     assert ranges is not None
@@ -307,7 +308,7 @@ def _weight_gradients(
     if clip is not None:
         shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), block.inputs), weight.shape[0]
         partial = x.new_empty(shape, dtype=torch.float32)
-    weight_launch(
+    for launch in weight_launches(
         g,
         inputs.operand(x, ranges, g.dtype, across, dynamic, spec),
         weight,
@@ -318,7 +319,8 @@ def _weight_gradients(
         dw=dw,
         partial=partial,
         block=block,
-    ).run()
+    ):
+        launch.run()
     if clip is None or partial is None:
         return dw, None
     states = spec.weight_states

@@ -5,6 +5,8 @@ With g_t the gradient of the output, 0 where tile t's ADC clipped, and q_t, s_t 
     dW[t]  = (g_t^T q_t) s_t [inside the learned clip]
     dc_t   = sum_i (g_t^T q_t) s_t slope(W / c)                   LSQ, before its factor
 
+Blocks in which something was clipped are a launch of their own, as in :mod:`input_gradient`.
+
 Straight through every rounding and noise. A block lies within one tile; what it adds to a clip's
 gradient it stores beside the others', to be summed in one order: no atomics.
 """
@@ -113,6 +115,7 @@ def linear_backward_weight(
     stride_xi,
     stride_wo,
     stride_wi,
+    MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     WHOLE: tl.constexpr,
     TILES: tl.constexpr,
@@ -126,11 +129,20 @@ def linear_backward_weight(
     BLOCK_IN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One block of one tile's weights: its gradient, and what it adds to that of the clips."""
+    """One block of one tile's weights: its gradient, and what it adds to that of the clips.
+
+    With bits, MASKED computes the blocks in which something was clipped, and without it the others.
+    """
     per_tile = tl.cdiv(size if EVEN else size + 1, BLOCK_IN)
     row, column = swizzled(tl.program_id(0), tl.cdiv(n_outputs, BLOCK_OUT), per_tile * TILES, GROUP)
     tile = column // per_tile
     start, length = tile_span(tile, size, larger, EVEN)
+    if p_bits is not None:
+        across: tl.constexpr = BLOCK_OUT // PATCH_OUTPUTS
+        patches = tl.cdiv(n_outputs, PATCH_OUTPUTS)
+        p_marks = p_marked + tile.to(tl.int64) * patches
+        if any_marked(p_marks, row * across, patches, across) != MASKED:
+            return  # the other launch computes it
     o_out = row.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     o_column = (column % per_tile) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     o_input = (start + o_column).to(tl.int64)
@@ -141,27 +153,11 @@ def linear_backward_weight(
     if RANGE == "fixed":
         r = tl.load(p_range + tile)
 
-    if p_bits is None:
-        acc = outer_product(
-            p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs, stride_gn,
-            stride_xn, False, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION, BLOCK_ROWS,
-            BLOCK_OUT, BLOCK_IN,
-        )  # fmt: skip
-    else:
-        across: tl.constexpr = BLOCK_OUT // PATCH_OUTPUTS
-        patches = tl.cdiv(n_outputs, PATCH_OUTPUTS)
-        if any_marked(p_marked + tile.to(tl.int64) * patches, row * across, patches, across):
-            acc = outer_product(
-                p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs,
-                stride_gn, stride_xn, True, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION,
-                BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-            )  # fmt: skip
-        else:
-            acc = outer_product(
-                p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs,
-                stride_gn, stride_xn, False, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION,
-                BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-            )  # fmt: skip
+    acc = outer_product(
+        p_g, p_x, p_range, p_bits, r, tile, o_out, m_out, m_in, n_rows, n_outputs, stride_gn,
+        stride_xn, MASKED, WHOLE, TILES, RANGE, CONVERT, INP_RES, PRECISION, BLOCK_ROWS,
+        BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
 
     if RANGE == "fixed" and INP_RES > 0:
         acc *= step_of(r, INP_RES)
@@ -188,7 +184,7 @@ def linear_backward_weight(
         tl.store(p_dw + at, rounded_to(acc, p_dw.dtype.element_ty), mask=m)
 
 
-def weight_launch(
+def weight_launches(
     g: Tensor,
     x: Operand,
     w: Tensor,
@@ -200,8 +196,11 @@ def weight_launch(
     dw: Tensor | None,
     partial: Tensor | None,
     block: Blocks,
-) -> Launch:
+) -> tuple[Launch, ...]:
     """Gradients of w (O, I) and of the learned clips from g (N, O) and x (N, I).
+
+    One launch without bits; with bits one for the blocks in which nothing was clipped, and one for
+    the others.
 
     Args:
         x: codes, or values where the ranges are dynamic, if it is behind the DAC already.
@@ -214,43 +213,47 @@ def weight_launch(
     rows, outputs = g.shape
     spec = x.spec
     per_tile = blocks_of(max(spec.in_sizes), block.inputs)
-    return Launch(
-        linear_backward_weight,
-        (blocks_of(outputs, block.outputs) * per_tile * len(spec.in_sizes),),
-        {
-            "p_g": g,
-            "p_x": x.x,
-            "p_range": ranges,
-            "p_bits": bits,
-            "p_marked": marked,
-            "p_w": w if clip is not None else None,
-            "p_clip": clip,
-            "p_dw": dw,
-            "p_partial": partial,
-            "n_rows": rows,
-            "n_outputs": outputs,
-            "n_inputs": w.shape[1],
-            **geometry(spec),
-            "stride_gn": g.stride(0),
-            "stride_go": g.stride(1),
-            "stride_xn": x.x.stride(0),
-            "stride_xi": x.x.stride(1),
-            "stride_wo": w.stride(0),
-            "stride_wi": w.stride(1),
-        },
-        {
-            "EVEN": is_even(spec),
-            "WHOLE": rows % block.rows == 0,
-            "TILES": len(spec.in_sizes),
-            "RANGE": range_mode(ranges, spec),
-            "CONVERT": x.convert and ranges is not None,
-            "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
-            "STATES": float(spec.weight_states) if clip is not None else 0.0,
-            "PRECISION": precision_of(g.dtype),
-            "BLOCK_ROWS": block.rows,
-            "BLOCK_OUT": block.outputs,
-            "BLOCK_IN": block.inputs,
-            "GROUP": blocks.GROUP,
-        },
-        block.options,
+    return tuple(
+        Launch(
+            linear_backward_weight,
+            (blocks_of(outputs, block.outputs) * per_tile * len(spec.in_sizes),),
+            {
+                "p_g": g,
+                "p_x": x.x,
+                "p_range": ranges,
+                "p_bits": bits,
+                "p_marked": marked,
+                "p_w": w if clip is not None else None,
+                "p_clip": clip,
+                "p_dw": dw,
+                "p_partial": partial,
+                "n_rows": rows,
+                "n_outputs": outputs,
+                "n_inputs": w.shape[1],
+                **geometry(spec),
+                "stride_gn": g.stride(0),
+                "stride_go": g.stride(1),
+                "stride_xn": x.x.stride(0),
+                "stride_xi": x.x.stride(1),
+                "stride_wo": w.stride(0),
+                "stride_wi": w.stride(1),
+            },
+            {
+                "MASKED": masked,
+                "EVEN": is_even(spec),
+                "WHOLE": rows % block.rows == 0,
+                "TILES": len(spec.in_sizes),
+                "RANGE": range_mode(ranges, spec),
+                "CONVERT": x.convert and ranges is not None,
+                "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
+                "STATES": float(spec.weight_states) if clip is not None else 0.0,
+                "PRECISION": precision_of(g.dtype),
+                "BLOCK_ROWS": block.rows,
+                "BLOCK_OUT": block.outputs,
+                "BLOCK_IN": block.inputs,
+                "GROUP": blocks.GROUP,
+            },
+            block.options,
+        )
+        for masked in ((False,) if bits is None else (False, True))
     )

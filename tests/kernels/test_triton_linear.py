@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from triton_cases import (
@@ -54,7 +56,8 @@ def test_results_do_not_depend_on_blocks(monkeypatch, name, prepared):
     (dtype,) = case.dtypes
     d = data(case, dtype)
     expected, marks = run(linear, case, d), linear.forward(*d.inputs(), case.spec)[1]
-    monkeypatch.setattr(blocks, "choose", lambda *_: Blocks(16, 64, 16, 4, 1))
+    deep = 32 if plan.in_integers(case.spec) else 16  # what an int8 product needs on sm_90
+    monkeypatch.setattr(blocks, "choose", lambda *_: Blocks(16, 64, deep, 4, 1))
     monkeypatch.setattr(blocks, "ELEMENTS", 128)
     monkeypatch.setattr(blocks, "ROWS", 8)
     monkeypatch.setattr(blocks, "COLUMNS", 8)
@@ -185,6 +188,35 @@ def test_codes_are_kept_until_the_weight_or_its_clip_changes():
     count = len(eight_bit._prepared)
     del d, t
     assert len(eight_bit._prepared) < count
+
+
+def test_codes_are_kept_for_their_stream_and_not_by_a_graph_that_is_captured(monkeypatch):
+    spec = Case(EIGHT_BIT, TILES).spec
+    weight = torch.randn(7, 13, device=DEVICE)
+    stream = {"now": 1}
+    monkeypatch.setattr(eight_bit, "_stream", lambda weight: stream["now"])
+    first = eight_bit.prepare(weight, None, spec)
+    stream["now"] = 2
+    second = eight_bit.prepare(weight, None, spec)
+    assert second is not first and torch.equal(second.codes, first.codes)
+    stream["now"] = None  # what is made now is in the graph's memory
+    captured = eight_bit.prepare(weight, None, spec)
+    assert captured is not eight_bit.prepare(weight, None, spec)
+    stream["now"] = 1
+    assert eight_bit.prepare(weight, None, spec) is first
+
+
+def test_the_stream_of_codes_is_the_current_one_of_the_weights_device(monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, device="cuda:1")
+    capturing = {"now": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["now"])
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", {"cuda:1": SimpleNamespace(cuda_stream=7)}.__getitem__
+    )
+    assert eight_bit._stream(weight) == 7
+    capturing["now"] = True
+    assert eight_bit._stream(weight) is None
+    assert eight_bit._stream(torch.ones(1)) == 0
 
 
 def test_codes_of_parts_of_a_parameter_are_kept_beside_one_another():

@@ -427,6 +427,16 @@ def test_arms_can_be_left_out(monkeypatch):
     assert {c.arm for c in suites[0].contenders} == {layers.DIGITAL, "analogfx"}
 
 
+def test_tests_can_be_skipped_by_who_has_run_them(monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench, "require_green", lambda *tests: ran.append(tests))
+    monkeypatch.setattr(bench, "bench", lambda device, suite, path: [])
+    bench.main(["--skip-tests"])
+    assert not ran
+    bench.main([])
+    assert ran == [bench.TESTS["cpu"]]
+
+
 def test_a_recurrent_suite_races_layers_that_loop(one_thread):
     suite = dataclasses.replace(
         layers.SUITES["cpu-recurrent"],

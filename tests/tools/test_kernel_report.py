@@ -67,6 +67,7 @@ def test_only_divisions_that_are_not_rounded_are_counted():
         (90, {"shared": (227 << 10) + 1}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
         (90, {"matrix": {"HMMA": 64}}, "a bf16 product without HGMMA or IGMMA"),
         (80, {"matrix": {}}, "a bf16 product without HMMA or IMMA or HGMMA or IGMMA"),
+        (90, {"serialised": True}, "its warpgroup products wait for one another (ptxas C7515)"),
     ],
 )
 def test_a_problem_names_kernel_arch_and_reason(arch, changes, reason):
