@@ -5,5 +5,6 @@ Importing this module registers the format with transformers. Needs the extra ``
 
 from analogfx.hf.config import AnalogConfig
 from analogfx.hf.quantizer import AnalogQuantizer
+from analogfx.hf.trainer import AnalogCallback
 
-__all__ = ["AnalogConfig", "AnalogQuantizer"]
+__all__ = ["AnalogCallback", "AnalogConfig", "AnalogQuantizer"]
