@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from analogfx import integrations
 from analogfx.choose import choose
 from analogfx.errors import CaptureError, PlacementError
 from analogfx.log import logger
@@ -93,6 +94,7 @@ def analogize(
         placement.watch(modules[name])  # what it reads may be of modules that were swapped later
     close_fast_paths(analog)
     remember_choice(analog, chosen)
+    integrations.became_analog(analog)
     if logger.isEnabledFor(logging.INFO):
         analog_products = sum(s.status == "analog" for s in plan.sites)
         logger.info("analogize: %d of %d products analog", analog_products, len(plan.sites))
@@ -125,4 +127,5 @@ def to_digital(analog: ModelT, inplace: bool = False) -> ModelT:
             unswap(module)
     open_fast_paths(digital)
     forget_choice(digital)
+    integrations.became_digital(digital)
     return digital

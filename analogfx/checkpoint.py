@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from analogfx import files, shards
 from analogfx.api import analogize, to_digital
-from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError, abridged, shown
+from analogfx.manifest import Manifest, clean, manifest_of, paths_of, read_manifest
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.sites import HOLDERS, unwrapped
+from analogfx.modules.sites import unwrapped
 from analogfx.passes.pipeline import Pass, pass_name
 from analogfx.tensorfile import DTYPES, tensors_in
 
@@ -33,9 +33,6 @@ SCHEMA = 2
 """1 had no checksum of the record, no list of ties and no versions; it is still read."""
 CONFIG_FILE = "analogfx.json"
 _UNLIMITED = sys.maxsize
-
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-"""Under what name torch.compile and torch's module wrappers keep the module inside."""
 
 
 def save(analog: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -101,8 +98,8 @@ def _write(
     analog: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str], folder: Path
 ) -> None:
     """Write a model whose tensors are given."""
-    configs, modules = _configs(analog)
-    if not modules:
+    manifest = manifest_of(analog)
+    if not manifest["modules"]:
         warnings.warn(
             f"{type(analog).__name__} has no analog layer: load() will give a digital model back",
             stacklevel=3,
@@ -112,11 +109,8 @@ def _write(
         "tensors": {},
         "ties": ties,
         "versions": _versions(analog),
-        "configs": configs,
-        "modules": modules,
+        **manifest,
     }
-    if passes := _passes(analog):
-        record["passes"] = passes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _commit(folder, tensors, record)
@@ -161,21 +155,25 @@ def load(
             "torch.distributed.checkpoint"
         )
     stored = _read(folder)
-    if not stored.configs:
+    if not stored.manifest.configs:
         warnings.warn(f"{folder}: no layer of the checkpoint is analog", stacklevel=2)
-    if stored.passes != [pass_name(step) for step in passes]:
+    if stored.manifest.passes != [pass_name(step) for step in passes]:
         raise CheckpointError(
-            f"{folder}: the model was made with the passes {shown(stored.passes)}; found "
+            f"{folder}: the model was made with the passes {shown(stored.manifest.passes)}; found "
             f"{shown([pass_name(step) for step in passes])}. Give load() the same passes"
         )
-    paths = _paths(model)
-    absent = sorted(set(stored.configs) - set(paths.values()))
+    paths = paths_of(model)
+    absent = sorted(set(stored.manifest.configs) - set(paths.values()))
     if absent:
         raise CheckpointError(
             f"{folder}: made for a model with the module {shown(absent[0])}, "
             f"which {type(model).__name__} has not"
         )
-    chosen = {raw: stored.configs[path] for raw, path in paths.items() if path in stored.configs}
+    chosen = {
+        raw: stored.manifest.configs[path]
+        for raw, path in paths.items()
+        if path in stored.manifest.configs
+    }
     # Tried on a model without memory first: the given one is only touched if all fits.
     trial = analogize(
         _on_meta(model), lambda name, _: chosen.get(name), inplace=True, passes=passes
@@ -226,8 +224,8 @@ def digital_state_dict(analog: nn.Module) -> dict[str, Tensor]:
         for name in module._analog.state_names()
     }
     state = model.state_dict()
-    paths = _paths(model)
-    kept = OrderedDict((_clean(k, paths), v) for k, v in state.items() if k not in ours)
+    paths = paths_of(model)
+    kept = OrderedDict((clean(k, paths), v) for k, v in state.items() if k not in ours)
     kept._metadata = OrderedDict(  # type: ignore[attr-defined]
         (paths.get(path, path), versions) for path, versions in state._metadata.items()
     )
@@ -237,39 +235,13 @@ def digital_state_dict(analog: nn.Module) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------- saving
 
 
-def _configs(analog: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The configs of a model, each once, and which one each analog module has."""
-    configs: list[dict[str, Any]] = []
-    modules: dict[str, int] = {}
-    paths = _paths(analog)
-    for name, module in analog.named_modules():
-        if isinstance(module, AnalogModule):
-            config = module._analog.config.to_dict()
-            if config not in configs:
-                configs.append(config)
-            modules[paths[name]] = configs.index(config)
-    return configs, modules
-
-
-def _passes(analog: nn.Module) -> list[str]:
-    """Names of the caller's passes that a model was made with."""
-    return next(
-        (
-            [pass_name(step) for step in module._analog.passes]
-            for module in analog.modules()
-            if isinstance(module, AnalogModule)
-        ),
-        [],
-    )
-
-
 def _named_state(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers that a model keeps, by the names of the modules inside wrappers.
 
     Raises:
         CheckpointError: one of them is nothing that a file can hold.
     """
-    paths = _paths(model)
+    paths = paths_of(model)
     state: dict[str, Tensor] = {}
     named = model.state_dict(keep_vars=True)  # a tensor that has two names is one object
     for key, value in named.items():
@@ -287,7 +259,7 @@ def _named_state(model: nn.Module) -> dict[str, Tensor]:
                 f"{shown(key)} is {found}; expected a plain dense tensor of a dtype that "
                 "safetensors has"
             )
-        name = _clean(key, paths)
+        name = clean(key, paths)
         if name in state:
             raise CheckpointError(f"two tensors are called {shown(name)} inside their wrappers")
         state[name] = value
@@ -326,7 +298,7 @@ def _place(value: Tensor) -> Any:
 
 def _versions(model: nn.Module) -> dict[str, int]:
     """The versions of modules' state, which torch keeps beside a state dict."""
-    paths = _paths(model)
+    paths = paths_of(model)
     found = {
         paths.get(path, path): entry.get("version")
         for path, entry in model.state_dict()._metadata.items()  # type: ignore[attr-defined]
@@ -371,13 +343,10 @@ class _Stored:
 
     place: Path
     """The file of tensors, to name in errors."""
-    configs: dict[str, TorchInferenceRPUConfig]
-    """By module."""
+    manifest: Manifest
     tensors: dict[str, Tensor]
     """By name, tied ones under each of their names."""
     versions: dict[str, int] | None
-    passes: list[str]
-    """Names of the caller's passes that the model was made with."""
 
 
 def _read(folder: Path) -> _Stored:
@@ -389,7 +358,7 @@ def _read(folder: Path) -> _Stored:
     seen = None
     while True:
         text = _read_file(folder, CONFIG_FILE, files.RECORD_BYTES)
-        record, configs = _checked(folder, text)
+        record, manifest = _checked(folder, text)
         entry = record["tensors"]
         place = folder / entry["file"]
         try:
@@ -409,7 +378,7 @@ def _read(folder: Path) -> _Stored:
     for name, kept in record.get("ties", metadata).items():
         if kept in tensors and name not in tensors:
             tensors[name] = tensors[kept]
-    return _Stored(place, configs, tensors, record.get("versions"), record.get("passes", []))
+    return _Stored(place, manifest, tensors, record.get("versions"))
 
 
 def _read_file(folder: Path, name: str, limit: int) -> bytearray:
@@ -437,10 +406,8 @@ def _parse(text: bytearray) -> Any:
     return files.parse_json(text, files.RECORD_DEPTH)
 
 
-def _checked(
-    folder: Path, text: bytearray
-) -> tuple[dict[str, Any], dict[str, TorchInferenceRPUConfig]]:
-    """The record, and the config of every analog module, once they have proved whole."""
+def _checked(folder: Path, text: bytearray) -> tuple[dict[str, Any], Manifest]:
+    """The record, and what of it is the manifest, once they have proved whole."""
     place = folder / CONFIG_FILE
     try:
         record = _parse(text)
@@ -452,10 +419,7 @@ def _checked(
         if schema == SCHEMA:
             files.check_seal(text)
         _check_types(record)
-        configs = [TorchInferenceRPUConfig.from_dict(config) for config in record["configs"]]
-        for config in configs:
-            resolve(config)
-        return record, {name: configs[number] for name, number in record["modules"].items()}
+        return record, read_manifest(record)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{place} is damaged: {abridged(str(error))}") from error
 
@@ -467,12 +431,9 @@ def _check_types(record: dict[str, Any]) -> None:
         raise ValueError(f"{shown(entry['file'])} is no name of a file of tensors")
     if not isinstance(entry["sha256"], str):
         raise ValueError("the tensors' checksum is no text")
-    numbers = [*record["modules"].values(), *record.get("versions", {}).values()]
-    if not all(type(n) is int and n >= 0 for n in [*numbers, entry.get("bytes", 0)]):
-        raise ValueError("a number of a config, a version or a size is none")
-    passes = record.get("passes", [])
-    if not isinstance(passes, list) or not all(isinstance(name, str) for name in passes):
-        raise ValueError("the passes are no list of names")
+    numbers = [*record.get("versions", {}).values(), entry.get("bytes", 0)]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("a number of a version or a size is none")
     ties = record.get("ties", {}).values()
     if not all(isinstance(name, str) for name in ties):
         raise ValueError("a tie is no name")
@@ -490,7 +451,7 @@ def _on_meta(model: ModelT) -> ModelT:
 
 def _check_fit(trial: nn.Module, stored: _Stored, paths: dict[str, str]) -> None:
     """Refuse tensors that are not those of the model, by name, shape and dtype."""
-    state = {_clean(key, paths): value for key, value in trial.state_dict().items()}
+    state = {clean(key, paths): value for key, value in trial.state_dict().items()}
     found = stored.tensors
     missing = [name for name in state if name not in found]
     unknown = sorted(set(found) - set(state))
@@ -519,7 +480,7 @@ def _check_ties(model: nn.Module, stored: _Stored, paths: dict[str, str]) -> Non
     """Refuse two different tensors for what is one in the model."""
     first: dict[Any, str] = {}
     for key, value in model.state_dict(keep_vars=True).items():
-        name = _clean(key, paths)
+        name = clean(key, paths)
         kept = first.setdefault(_place(value) if value.numel() else key, name)
         here, there = stored.tensors[kept], stored.tensors[name]
         if here.data_ptr() != there.data_ptr() and not torch.equal(here, there):
@@ -536,39 +497,10 @@ def _fill(analog: nn.Module, stored: _Stored, paths: dict[str, str]) -> None:
         span = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
         if value.numel() > span:  # an expanded one: several elements in one place
             value.data = value.data.contiguous()
-    state = OrderedDict((key, stored.tensors[_clean(key, paths)]) for key in own)
+    state = OrderedDict((key, stored.tensors[clean(key, paths)]) for key in own)
     metadata = copy.deepcopy(own._metadata)  # type: ignore[attr-defined]
     for path, entry in metadata.items():
         if stored.versions is not None and paths.get(path, path) in stored.versions:
             entry["version"] = stored.versions[paths.get(path, path)]
     state._metadata = metadata  # type: ignore[attr-defined]
     analog.load_state_dict(state)
-
-
-# --------------------------------------------------------------------------------------- names
-
-
-def _paths(model: nn.Module) -> dict[str, str]:
-    """The path of every module, and what it is without the wrappers that it lies in."""
-    found: dict[str, str] = {}
-
-    def visit(module: nn.Module, raw: str, path: str) -> None:
-        found[raw] = path
-        parallel = isinstance(module, HOLDERS)
-        for name, child in module._modules.items():
-            if child is not None:
-                inside = name in _WRAPPED or (parallel and name == "module")
-                visit(child, _join(raw, name), path if inside else _join(path, name))
-
-    visit(model, "", "")
-    return found
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _clean(key: str, paths: dict[str, str]) -> str:
-    """A state dict's key by the path without wrappers of its module."""
-    path, _, name = key.rpartition(".")
-    return _join(paths.get(path, path), name)

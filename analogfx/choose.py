@@ -13,6 +13,7 @@ from typing import Any
 import regex
 from torch import nn
 
+from analogfx.adapters import hosts
 from analogfx.config import Resolved, TorchInferenceRPUConfig, as_config, doubts, resolve
 from analogfx.errors import ConfigError, Conflict, shown
 
@@ -37,8 +38,17 @@ UNMATCHED = Chosen(None, None, "no pattern of the config matches", asked=True)
 """What no key of a mapping speaks of."""
 
 
+_ADAPTER = Chosen(
+    None, None, "an adapter, left digital: a key of its own makes it analog", asked=True
+)
+"""What no key means that means the layer as well that an adapter stands beside."""
+
+
 def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
     """The config of every module of a model, by the module's name.
+
+    Adapters of PEFT stay digital, unless a key of a mapping is for them and not for the layer that
+    they stand beside as well, or a callable says otherwise.
 
     Args:
         rpu_config: see :func:`analogfx.analogize`.
@@ -50,13 +60,14 @@ def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
     if isinstance(rpu_config, type):
         raise ConfigError([Conflict("rpu_config", rpu_config, f"{rpu_config.__name__}(), made")])
     modules = list(model.named_modules())
+    beside = hosts(model)
     if isinstance(rpu_config, Mapping) and not is_config(rpu_config):
-        return _by_pattern(rpu_config, [name for name, _ in modules])
+        return _by_pattern(rpu_config, [name for name, _ in modules], beside)
     if callable(rpu_config):
         _check_callable(rpu_config)
         return {name: _chosen(rpu_config(name, module), name) for name, module in modules}
     chosen = _chosen(rpu_config, "")
-    return {name: chosen for name, _ in modules}
+    return {name: _ADAPTER if name in beside else chosen for name, _ in modules}
 
 
 def _chosen(config: Any, module: str, reason: str = "left digital by the config") -> Chosen:
@@ -100,15 +111,24 @@ def is_config(mapping: Mapping[Any, Any]) -> bool:
     return bool(mapping) and set(mapping) <= known
 
 
-def _by_pattern(rules: Mapping[Any, Any], names: list[str]) -> dict[str, Chosen]:
+def _by_pattern(
+    rules: Mapping[Any, Any], names: list[str], beside: Mapping[str, str]
+) -> dict[str, Chosen]:
+    """The first match of every name.
+
+    Args:
+        beside: for adapters, the layers that they stand beside.
+    """
     found: dict[str, Chosen] = {}
     for key, config in rules.items():
         matched = _matched(key, names)
         chosen = _chosen(config, key, f"left digital by the pattern {shown(key)}")
         if not matched:
             warnings.warn(f"the pattern {shown(key)} matches no module", stacklevel=4)
+        among = set(matched)
         for name in matched:
-            found.setdefault(name, chosen)  # the first match wins
+            its = _ADAPTER if config is not None and beside.get(name) in among else chosen
+            found.setdefault(name, its)  # the first match wins
     return {name: found.get(name, UNMATCHED) for name in names}
 
 

@@ -121,6 +121,48 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def keep_decay_off_ranges(optimizer: Optimizer, model: nn.Module) -> list[RemovableHandle]:
+    """Let no step decay ranges and learned clips, whatever groups the optimizer has.
+
+    For optimizers that somebody else made; where you make it, use :func:`parameter_groups`. During
+    a step ranges and clips stand in groups of their own, with the other options of their group and
+    no weight decay. Before and after it the groups are what they were, so that schedulers and
+    checkpoints of the optimizer know nothing of it.
+
+    Args:
+        optimizer: any torch optimizer, or what accelerate made of one.
+        model: analog or not, in wrappers or not.
+
+    Returns:
+        Handles whose ``remove()`` ends it.
+    """
+    optimizer = _inner(optimizer)
+    before: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+
+    def restore(*_: object) -> None:
+        if before:
+            del optimizer.param_groups[len(before) :]
+            for group, parameters in before:
+                group["params"] = parameters
+            before.clear()
+
+    def split(*_: object) -> None:
+        restore()  # if the last step raised
+        ours = set(map(id, _own_parameters(model)))
+        for group in optimizer.param_groups:
+            before.append((group, group["params"]))
+        for group, parameters in before:
+            kept = [p for p in parameters if id(p) in ours]
+            if kept and group.get("weight_decay"):
+                group["params"] = [p for p in parameters if id(p) not in ours]
+                optimizer.param_groups.append({**group, "params": kept, "weight_decay": 0.0})
+
+    return [
+        optimizer.register_step_pre_hook(split),
+        optimizer.register_step_post_hook(restore),
+    ]
+
+
 def fully_shard_policy(module: nn.Module) -> dict[str, Any]:
     """Arguments of ``fully_shard`` that leave ranges and learned clips out of a unit, in float32.
 

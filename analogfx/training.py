@@ -44,9 +44,16 @@ def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
         raise TypeError(f"clip_after_step() takes an optimizer, found {type(optimizer).__name__}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = required_sites(analog)
-    if not any(id(p) in held for _, module, _ in found for p in module.parameters()):
+    trained = [p for _, m, _ in found for p in m.parameters() if p.requires_grad]
+    if trained and not any(id(p) in held for p in trained):
         raise ValueError("the optimizer holds no parameter of the analog layers of this model")
-    return optimizer.register_step_post_hook(lambda *_: clip_weights(analog))
+    return optimizer.register_step_post_hook(lambda *_: _clip_if_trained(analog))
+
+
+def _clip_if_trained(analog: nn.Module) -> None:
+    """Clip the weights, unless all are frozen, as beside adapters: these stay what they are."""
+    if any(parameter_of(module, site).requires_grad for _, module, site in sites(analog)):
+        clip_weights(analog)
 
 
 @torch.no_grad()

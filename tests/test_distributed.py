@@ -212,3 +212,32 @@ def test_experts_are_refused_by_name():
     optimizer = torch.optim.SGD(analog.parameters(), lr=0.1)
     with pytest.raises(PlacementError, match=r"^experts: the ranges of experts"):
         analogfx.prepare_training(optimizer, analog)
+
+
+def test_no_step_of_any_optimizer_decays_ranges():
+    model = analogfx.analogize(mlp(), merged(ranged(), clip("LearnablePerChannel")))
+    own = {n for n, _ in model.named_parameters() if n.endswith(("range", "clip"))}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    layout = optimizer.state_dict()["param_groups"]
+    handles = analogfx.distributed.keep_decay_off_ranges(optimizer, model)
+
+    def step():
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+
+    assert step() == own
+    assert optimizer.state_dict()["param_groups"] == layout
+
+    def failing():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(failing)
+    assert step() == own
+    assert optimizer.state_dict()["param_groups"] == layout
+    for handle in handles:
+        handle.remove()
+    assert step() == set()

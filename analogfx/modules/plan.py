@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 from tqdm.auto import tqdm
 
+from analogfx.adapters import adapters_of, in_weight
 from analogfx.choose import Chosen
 from analogfx.config import Resolved
 from analogfx.errors import CaptureError
@@ -77,6 +78,9 @@ def make_plan(
         if isinstance(module, ParametrizationList):
             closed.update(module.modules())  # they compute weights
         if module in closed:
+            continue
+        if in_weight(module):  # what it multiplies by is its base's, which is listed
+            closed.update(adapter for _, adapter in adapters_of(module))
             continue
         its = chosen.get(name, _LATER)
         why = refusal(module)
