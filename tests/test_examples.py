@@ -22,7 +22,7 @@ def test_a_llama_trains_alike_in_every_way():
     assert run.returncode == 0, run.stderr
     rows = [line.split() for line in run.stdout.splitlines() if re.match(r" *\d+ +\d", line)]
     curves = list(zip(*(map(float, row[1:]) for row in rows), strict=True))
-    assert len(curves) == 3 and len(rows) == 10
+    assert len(curves) == 4 and len(rows) == 10
     assert curves[0][-1] < curves[0][0] - 0.5
     for curve in curves[1:]:  # RMSNorm computes in float32
         assert curve == pytest.approx(curves[0], rel=1e-6)
