@@ -23,6 +23,7 @@ from analogfx.api import analogize, to_digital
 from analogfx.config import TorchInferenceRPUConfig, resolve
 from analogfx.errors import CheckpointError, abridged, shown
 from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.metadata import CONFIG
 from analogfx.modules.sites import HOLDERS, unwrapped
 from analogfx.passes.pipeline import Pass, pass_name
 from analogfx.tensorfile import DTYPES, tensors_in
@@ -227,7 +228,8 @@ def digital_state_dict(analog: nn.Module) -> dict[str, Tensor]:
     paths = _paths(model)
     kept = OrderedDict((_clean(k, paths), v) for k, v in state.items() if k not in ours)
     kept._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (paths.get(path, path), versions) for path, versions in state._metadata.items()
+        (paths.get(path, path), {key: value for key, value in entry.items() if key != CONFIG})
+        for path, entry in state._metadata.items()
     )
     return kept
 
