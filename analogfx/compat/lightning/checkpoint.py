@@ -22,7 +22,7 @@ from analogfx.api import analogize, to_digital
 from analogfx.choose import choose
 from analogfx.compat.lightning.pickles import config_of, read_config, read_tensors
 from analogfx.config import TorchInferenceRPUConfig, resolve
-from analogfx.errors import CheckpointError, abridged, shown
+from analogfx.errors import CheckpointError, CompatError, abridged, shown
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.metadata import CONFIG, LIGHTNING_CONFIG
 from analogfx.modules.sites import named_analog_layers, unwrapped
@@ -298,7 +298,7 @@ def state_dict(analog: nn.Module) -> OrderedDict[str, Tensor]:
     ``noise_model`` and ``drift_compensation``, which Lightning has not, are left out.
 
     Raises:
-        CheckpointError: Lightning is not installed, or has no such layer or config.
+        CompatError: Lightning is not installed, or has no such layer or config.
     """
     analog = unwrapped(analog)
     state = analog.state_dict()
@@ -334,7 +334,7 @@ def _check_writable(path: str, layer: AnalogModule) -> None:
     """Refuse what Lightning has not.
 
     Raises:
-        CheckpointError: naming the layer and what it is.
+        CompatError: naming the layer and what it is.
     """
     found, config = "", layer._analog.resolved
     base: Any = layer
@@ -359,7 +359,7 @@ def _check_writable(path: str, layer: AnalogModule) -> None:
         }
         found = next((f"{name} in a convolution" for name, has in wrong.items() if has), "")
     if found:
-        raise CheckpointError(f"{path or type(layer).__name__}: AIHWKIT-Lightning has no {found}")
+        raise CompatError(f"{path or type(layer).__name__}: AIHWKIT-Lightning has no {found}")
 
 
 def _places(path: str, layer: AnalogModule) -> Iterator[str]:
@@ -380,7 +380,7 @@ def _lightning_config(config: TorchInferenceRPUConfig) -> Any:
     try:
         theirs = importlib.import_module("aihwkit_lightning.simulator.configs")
     except ImportError as error:
-        raise CheckpointError(
+        raise CompatError(
             "a state dict for AIHWKIT-Lightning holds its configs: install aihwkit-lightning"
         ) from error
     return _copied(config, theirs.TorchInferenceRPUConfig())

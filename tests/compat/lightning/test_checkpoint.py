@@ -14,7 +14,7 @@ from torch import nn
 import analogfx
 from analogfx.compat.lightning import checkpoint
 from analogfx.compat.lightning.pickles import config_of
-from analogfx.errors import CheckpointError, ConfigError
+from analogfx.errors import CheckpointError, CompatError, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using AIHWKIT-Lightning version <2")
 
@@ -237,14 +237,14 @@ def test_configs_are_what_set_config_takes(oracle):
 )
 def test_what_lightning_has_not_is_refused_by_name(layer, found):
     analog = analogfx.analogize(nn.Sequential(layer), config())
-    with pytest.raises(CheckpointError, match=f"0: AIHWKIT-Lightning has no .*{found}"):
+    with pytest.raises(CompatError, match=f"0: AIHWKIT-Lightning has no .*{found}"):
         checkpoint.state_dict(analog)
 
 
 def test_tiles_along_the_outputs_are_refused():
     ours = config_of(config())
     ours.mapping.max_output_size = 2
-    with pytest.raises(CheckpointError, match=r"no mapping\.max_output_size = 2"):
+    with pytest.raises(CompatError, match=r"no mapping\.max_output_size = 2"):
         checkpoint.state_dict(analogfx.analogize(nn.Linear(4, 4), ours))
 
 
