@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from analogfx import shards
+from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
 from analogfx.modules.metadata import CONFIG, warn_of_another_config
@@ -32,6 +33,12 @@ class AnalogModule(nn.Module):
         >>> isinstance(analogize(nn.Linear(8, 4), config), AnalogModule)
         True
     """
+
+    # What LayerAttributes has for it:
+    rpu_config: TorchInferenceRPUConfig
+    in_sizes: list[int] | dict[str, list[int]]
+    get_weights_and_biases: Callable[[], tuple[Tensor, Tensor | None]]
+    set_weights_and_biases: Callable[..., None]
 
     _analog: Placement
     digital_class: type[nn.Module]

@@ -301,8 +301,8 @@ def state_dict(analog: nn.Module) -> OrderedDict[str, Tensor]:
         CompatError: Lightning is not installed, or has no such layer or config.
     """
     analog = unwrapped(analog)
-    state = analog.state_dict()
-    metadata = state._metadata  # type: ignore[attr-defined]
+    state: Any = analog.state_dict()
+    metadata = state._metadata
     for path, layer in named_analog_layers(analog):
         metadata[path].pop(CONFIG, None)
         _check_writable(path, layer)

@@ -178,7 +178,7 @@ class AnalogSequential(_Layer, metaclass=_Container):
 
 
 class _Wrapper(_Container):
-    def __call__(cls, module: nn.Module) -> Any:  # type: ignore[override]
+    def __call__(cls, module: nn.Module) -> Any:
         return name(module)
 
     def __instancecheck__(cls, module: Any) -> bool:

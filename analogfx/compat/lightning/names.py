@@ -64,14 +64,14 @@ class NamedLayer(NamedModule):
 def name(module: nn.Module) -> nn.Module:
     """Give a module Lightning's names, in place."""
     if not isinstance(module, NamedModule):
-        module.__class__ = _named(type(module))
+        module.__class__ = _named(type(module))  # type: ignore[arg-type]
     return module
 
 
 def unname(module: nn.Module) -> nn.Module:
     """Undo :func:`name`, in place."""
     if isinstance(module, NamedModule):
-        module.__class__ = _below(type(module))
+        module.__class__ = _below(type(module))  # type: ignore[assignment]
     return module
 
 
