@@ -13,6 +13,7 @@ from aihwkit.inference import PCMLikeNoiseModel
 from aihwkit.nn import AnalogLinear, AnalogWrapper
 
 from analogfx.compat import aihwkit
+from analogfx.compat.lightning import export_to_aihwkit
 
 IO = {"forward": {"inp_res": 254, "out_res": 254, "out_bound": 2.0}}
 """Both clamps act: some inputs and some outputs are beyond."""
@@ -118,3 +119,15 @@ def test_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "aihwkit.nn", None)
     with pytest.raises(CompatError, match="install aihwkit"):
         aihwkit.export(analogfx.analogize(mlp(), ranged()))
+
+
+def test_under_lightnings_name_with_tiles_along_the_outputs():
+    analog, x = made(merged(ranged(), IO, clip("LayerGaussian", sigma=2.0)))
+    theirs = export_to_aihwkit(model=analog, max_output_size=2)
+    assert len(list(theirs.fc.analog_tiles())) == 4
+    assert analog.fc.rpu_config.mapping.max_output_size == -1
+    tiled, _ = made(
+        merged(ranged(), IO, clip("LayerGaussian", sigma=2.0), {"mapping": {"max_output_size": 2}})
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), tiled(x), rtol=1e-6, atol=1e-6)

@@ -5,7 +5,11 @@ name does is on the page "From AIHWKIT-Lightning or AIHWKIT" of the docs.
 """
 
 from analogfx.compat.lightning.checkpoint import configs, load, save, state_dict
-from analogfx.compat.lightning.convert import convert_to_analog, convert_to_digital
+from analogfx.compat.lightning.convert import (
+    convert_to_analog,
+    convert_to_digital,
+    export_to_aihwkit,
+)
 from analogfx.compat.lightning.layers import (
     AnalogConv1d,
     AnalogConv2d,
@@ -67,6 +71,7 @@ __all__ = [
     "configs",
     "convert_to_analog",
     "convert_to_digital",
+    "export_to_aihwkit",
     "load",
     "save",
     "state_dict",

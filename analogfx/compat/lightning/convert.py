@@ -9,9 +9,12 @@ from typing import Any
 from torch import nn
 
 from analogfx import api
+from analogfx.compat.aihwkit import export
 from analogfx.compat.lightning import layers
 from analogfx.compat.lightning.names import name, unname
 from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.sites import named_analog_layers
+from analogfx.reconfigure import set_config
 
 CONVERSION_MAP: dict[type[nn.Module], Any] = {
     nn.Linear: layers.AnalogLinear,
@@ -142,3 +145,19 @@ def convert_to_digital(
             if isinstance(layer, AnalogModule):
                 api.to_digital(layer, inplace=True)
     return digital if isinstance(digital, AnalogModule) else unname(digital)
+
+
+def export_to_aihwkit(model: nn.Module, max_output_size: int = -1) -> Any:
+    """An AIHWKIT model, see :func:`analogfx.compat.aihwkit.export`.
+
+    Args:
+        model: analog. It stays as it is.
+        max_output_size: largest number of outputs of a tile; at most 0 leaves each layer's config.
+    """
+    if max_output_size > 0:
+        model = copy.deepcopy(model)
+        wanted = {path: layer.rpu_config for path, layer in named_analog_layers(model)}
+        for config in wanted.values():
+            config.mapping.max_output_size = max_output_size
+        set_config(model, lambda path, _: wanted.get(path))
+    return export(model)
