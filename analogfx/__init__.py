@@ -30,6 +30,8 @@ from analogfx.device import Device, load_device, program
 from analogfx.distributed import parameter_groups, prepare_training
 from analogfx.evaluation import programmed
 from analogfx.lifetime import Lifetime, evaluate
+from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.sites import analog_layers, named_analog_layers
 from analogfx.onnx import export_onnx, load_onnx_sites
 from analogfx.reconfigure import set_config
 from analogfx.report import report
@@ -45,6 +47,7 @@ from analogfx.unset import warn_unset
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnalogModule",
     "Device",
     "ExpertRange",
     "IOParameters",
@@ -59,6 +62,7 @@ __all__ = [
     "WeightModifierType",
     "WeightNoiseInjectionType",
     "WeightQuantizationType",
+    "analog_layers",
     "analogize",
     "audit",
     "backend_state",
@@ -79,6 +83,7 @@ __all__ = [
     "load",
     "load_device",
     "load_onnx_sites",
+    "named_analog_layers",
     "parameter_groups",
     "plan",
     "prepare_training",

@@ -23,6 +23,7 @@ from analogfx.api import analogize, to_digital
 from analogfx.errors import CheckpointError, abridged, shown
 from analogfx.manifest import Manifest, clean, manifest_of, paths_of, read_manifest
 from analogfx.modules.analog_module import AnalogModule
+from analogfx.modules.metadata import CONFIG
 from analogfx.modules.sites import unwrapped
 from analogfx.passes.pipeline import Pass, pass_name
 from analogfx.tensorfile import DTYPES, tensors_in
@@ -227,7 +228,8 @@ def digital_state_dict(analog: nn.Module) -> dict[str, Tensor]:
     paths = paths_of(model)
     kept = OrderedDict((clean(k, paths), v) for k, v in state.items() if k not in ours)
     kept._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (paths.get(path, path), versions) for path, versions in state._metadata.items()
+        (paths.get(path, path), {key: value for key, value in entry.items() if key != CONFIG})
+        for path, entry in state._metadata.items()
     )
     return kept
 

@@ -126,12 +126,19 @@ class WeightClipParameter(_Section, path="clip"):
     """Clipping of the weights."""
 
     sigma: float = -1.0
-    """Bound in standard deviations, for the Gaussian types; at most 0: weights are not clipped.
+    """Bound in standard deviations, for the Gaussian types; at most 0: none, and to ask for
+    clipping is an error.
 
     A Gaussian type without it still decides to what ``forward.out_bound`` refers: the largest
     weight of the output channel (``LAYER_GAUSSIAN_PER_CHANNEL``) or of the tile.
     """
     type: WeightClipType = WeightClipType.NONE
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the type takes its bound from the spread of the weights."""
+        gaussian = (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
+        return self.type in gaussian
 
 
 @dataclass
@@ -246,11 +253,11 @@ class TorchInferenceRPUConfig(_Section):
         return cls.from_dict(data)
 
 
-def as_config(config: object) -> TorchInferenceRPUConfig:
+def as_config(config: object, warn: bool = True) -> TorchInferenceRPUConfig:
     """Return a config of our own, independent of the one handed in, which stays as it is.
 
     The deprecated ``modifier.type`` is translated, and ``modifier.enable_during_test`` dropped,
-    each with a warning.
+    each with a warning, unless ``warn`` is False.
 
     Args:
         config: A `TorchInferenceRPUConfig`, the one of aihwkit-lightning, or nested dicts of
@@ -267,8 +274,29 @@ def as_config(config: object) -> TorchInferenceRPUConfig:
     else:
         valid = "a TorchInferenceRPUConfig, of analogfx or of aihwkit-lightning, or a dict"
         raise ConfigError([Conflict("rpu_config", type(config), valid)])
+    if warn:
+        _warn_of_deprecated(own.modifier)
     _replace_deprecated(own.modifier)
     return own
+
+
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested dicts by its dotted name, of ``to_dict`` for example."""
+    for name, value in fields.items():
+        where = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, Mapping):
+            yield from leaves(value, where)
+        else:
+            yield where, value
+
+
+def differences(
+    first: TorchInferenceRPUConfig, second: TorchInferenceRPUConfig
+) -> list[tuple[str, Any, Any]]:
+    """Return (dotted field, value in the first, value in the second) where two configs differ."""
+    one, other = dict(leaves(first.to_dict())), dict(leaves(second.to_dict()))
+    names = {**one, **other}
+    return [(n, one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)]
 
 
 def bits(width: int) -> int:
@@ -433,7 +461,7 @@ def resolve(config: object) -> Resolved:
             modifier.quantization_type is WeightQuantizationType.DISCRETIZE_PER_CHANNEL
         ),
         learnable_clip=clip.type is WeightClipType.LEARNABLE_PER_CHANNEL,
-        clip_sigma=max(clip.sigma, 0.0) if _is_gaussian(clip) else 0.0,
+        clip_sigma=max(clip.sigma, 0.0) if clip.is_gaussian else 0.0,
         clip_per_channel=clip.type is WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         bound_per_channel=clip.type
         in (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL),
@@ -523,7 +551,7 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _replace_deprecated(modifier: WeightModifierParameter) -> None:
+def _warn_of_deprecated(modifier: WeightModifierParameter) -> None:
     if modifier.type in _TRANSLATION:
         noise, quantization = _TRANSLATION[modifier.type]
         warnings.warn(
@@ -532,12 +560,17 @@ def _replace_deprecated(modifier: WeightModifierParameter) -> None:
             DeprecationWarning,
             stacklevel=3,
         )
+    if modifier.enable_during_test:
+        warnings.warn("modifier.enable_during_test = True is deprecated and ignored", stacklevel=3)
+
+
+def _replace_deprecated(modifier: WeightModifierParameter) -> None:
+    if modifier.type in _TRANSLATION:
+        noise, quantization = _TRANSLATION[modifier.type]
         modifier.noise_type = WeightNoiseInjectionType[noise]
         modifier.quantization_type = WeightQuantizationType[quantization]
         modifier.type = WeightModifierType.NONE
-    if modifier.enable_during_test:
-        warnings.warn("modifier.enable_during_test = True is deprecated and ignored", stacklevel=3)
-        modifier.enable_during_test = False
+    modifier.enable_during_test = False
 
 
 def _range_mode(config: TorchInferenceRPUConfig) -> str:
@@ -555,10 +588,6 @@ def _adds_noise(modifier: WeightModifierParameter) -> bool:
 
 def _quantizes(modifier: WeightModifierParameter) -> bool:
     return modifier.quantization_type is not WeightQuantizationType.NONE
-
-
-def _is_gaussian(clip: WeightClipParameter) -> bool:
-    return clip.type in (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
 
 
 def _beyond_arithmetic(section: _Section) -> Iterator[Conflict]:

@@ -21,7 +21,7 @@ from analogfx.modules.collect import collect_statistics
 from analogfx.modules.program import AnalogSite
 from analogfx.modules.sites import analog_modules, required_sites, sites
 from analogfx.state import RANGES, X_MIN
-from analogfx.training import clip_after_step
+from analogfx.training import clip_what_has_a_bound
 
 
 class Preparation:
@@ -86,7 +86,7 @@ def prepare_training(
         >>> prepare_training(optimizer, model)
     """
     optimizer = _inner(optimizer)
-    clipping = clip_after_step(optimizer, model)
+    clipping = clip_what_has_a_bound(optimizer, model)
     try:
         groups = _groups(mesh_or_group, _tensor_parallel(model))
         step = _Step(model, groups, exact)

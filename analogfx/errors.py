@@ -104,6 +104,10 @@ class CheckpointError(AnalogfxError):
     """A checkpoint that is damaged, foreign, or made for another model."""
 
 
+class CompatError(AnalogfxError):
+    """A layer or a config that another toolkit has not, or a toolkit that is not installed."""
+
+
 class OnnxError(AnalogfxError):
     """An ONNX export that cannot be made or that disagrees, or a file that cannot be read."""
 

@@ -11,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from analogfx import shards
 from analogfx.config import Resolved, TorchInferenceRPUConfig, WeightQuantizationType
+from analogfx.errors import ConfigError, Conflict
 from analogfx.kernels import changes, dispatch
 from analogfx.kernels.clip import clip_matrix, clip_part, moments
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
-from analogfx.modules.sites import required_sites, sites
+from analogfx.modules.sites import analog_modules, required_sites, sites
 from analogfx.modules.write_back import (
     dense_weight,
     gathered,
@@ -39,6 +40,22 @@ def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
     Raises:
         TypeError: ``optimizer`` is no torch optimizer, or ``analog`` has no analog layer.
         ValueError: the optimizer holds none of the analog weights.
+        ConfigError: a layer's ``clip.type`` is Gaussian, and its ``clip.sigma`` is no bound.
+    """
+    handle = clip_what_has_a_bound(optimizer, analog)
+    try:
+        _check_bounds(analog)
+    except ConfigError:
+        handle.remove()
+        raise
+    return handle
+
+
+def clip_what_has_a_bound(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
+    """As :func:`clip_after_step`, for a caller that was not asked to clip.
+
+    A Gaussian ``clip.type`` without a ``clip.sigma`` chooses what the ADC's bound refers to, and
+    clips nothing.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"clip_after_step() takes an optimizer, found {type(optimizer).__name__}")
@@ -53,17 +70,34 @@ def clip_after_step(optimizer: Optimizer, analog: nn.Module) -> RemovableHandle:
 def _clip_if_trained(analog: nn.Module) -> None:
     """Clip the weights, unless all are frozen, as beside adapters: these stay what they are."""
     if any(parameter_of(module, site).requires_grad for _, module, site in sites(analog)):
-        clip_weights(analog)
+        _clip_weights(analog)
 
 
-@torch.no_grad()
 def clip_weights(analog: nn.Module) -> None:
     """Clamp every analog weight whose config clips by a Gaussian bound, in place.
 
     The bound is ``sigma * std`` of the whole weight, or of each output's whole row (all tiles
     together, mean removed, unbiased): ``clip_weights`` of AIHWKIT-Lightning's layers, for every
     kind of layer. Learned clips act in the forward and are left alone.
+
+    Raises:
+        ConfigError: a layer's ``clip.type`` is Gaussian, and its ``clip.sigma`` is no bound. No
+            weight is changed.
     """
+    _check_bounds(analog)
+    _clip_weights(analog)
+
+
+def _check_bounds(analog: nn.Module) -> None:
+    for path, module in analog_modules(analog):
+        clip = module._analog.config.clip
+        if clip.is_gaussian and clip.sigma <= 0:
+            valid = f"a number above 0, to clip by clip.type = {clip.type.name}"
+            raise ConfigError([Conflict("clip.sigma", clip.sigma, valid)], path)
+
+
+@torch.no_grad()
+def _clip_weights(analog: nn.Module) -> None:
     done = set()
     parts: list[tuple[nn.Parameter, Resolved]] = []
     for _, module, site in sites(analog):

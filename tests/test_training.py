@@ -1,10 +1,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import CONFIGS, IDENTITY, LAYERS, TILES, clip, layer_and_input, merged, mlp, product
+from samples import (
+    CONFIGS,
+    IDENTITY,
+    LAYERS,
+    TILES,
+    clip,
+    layer_and_input,
+    merged,
+    mlp,
+    product,
+    ranged,
+)
 from torch import nn
 
 import analogfx
+from analogfx.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,3 +252,30 @@ def test_a_computed_weight_cannot_be_quantized_for_good():
         analogfx.errors.CaptureError, match="computed from w, so nothing can be written back"
     ):
         analogfx.quantize_weights(analog)
+
+
+@pytest.mark.parametrize("kind", ["LayerGaussian", "LayerGaussianPerChannel"])
+def test_a_gaussian_clip_without_a_bound_is_an_error_where_clipping_is_asked_for(kind):
+    digital = mlp()
+    config = clip(kind)  # legal: the type says what the ADC's bound refers to
+    analog = analogfx.analogize(digital, {"second": config, "*": WHOLE})
+    optimizer = torch.optim.SGD(analog.parameters(), lr=0.1)
+    for asked in (
+        lambda: analogfx.clip_weights(analog),
+        lambda: analogfx.clip_after_step(optimizer, analog),
+    ):
+        with pytest.raises(ConfigError, match=r"second: clip.sigma = -1.0: expected a number"):
+            asked()
+    assert torch.equal(analog.first.weight, digital.first.weight)
+    analog(torch.randn(3, 8)).sum().backward()
+    optimizer.step()  # the refused hook is gone
+
+
+def test_prepare_training_was_not_asked_to_clip():
+    analog = analogfx.analogize(mlp(), merged(ranged(), clip("LayerGaussian")))
+    optimizer = torch.optim.SGD(analog.parameters(), lr=0.0)
+    before = analog.first.weight.detach().clone()
+    analogfx.prepare_training(optimizer, analog)
+    analog(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    assert torch.equal(analog.first.weight, before)

@@ -9,7 +9,7 @@ from typing import Any
 from analogfx import recipes
 from analogfx.choose import is_config
 from analogfx.commands.common import CommandError
-from analogfx.config import TorchInferenceRPUConfig, resolve
+from analogfx.config import TorchInferenceRPUConfig, leaves, resolve
 
 RECIPES = {"plain": TorchInferenceRPUConfig, "afm": recipes.afm}
 """By the names that commands take."""
@@ -50,18 +50,8 @@ def flat(config: Any) -> dict[str, Any]:
             for name, value in flat(one).items()
         }
     whole = config if isinstance(config, TorchInferenceRPUConfig) else _filled(config)
-    return dict(_leaves("", whole.to_dict()))
+    return dict(leaves(whole.to_dict()))
 
 
 def _filled(fields: dict[str, Any]) -> TorchInferenceRPUConfig:
     return TorchInferenceRPUConfig.from_dict({"schema": 1, **fields})
-
-
-def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    return [
-        leaf
-        for name, inner in value.items()
-        for leaf in _leaves(f"{prefix}.{name}" if prefix else name, inner)
-    ]

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from analogfx import shards
+from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
 from analogfx.modules.parallel import DISTRIBUTED
+from analogfx.modules.metadata import CONFIG, warn_of_another_config
 from analogfx.modules.placement import Placement
+from analogfx.modules.public import LayerAttributes
 from analogfx.modules.remember import clip_names, renew_notes, reset_state
 from analogfx.state import as_state
 
@@ -21,7 +24,22 @@ _ABSENT = object()
 
 
 class AnalogModule(nn.Module):
-    """Mixin in front of a module's own class; never made by itself."""
+    """What every analog layer is an instance of, beside its own class.
+
+    ``analogize`` puts it in front of a module's class; it is never made by itself. An analog layer
+    also has ``rpu_config`` (a copy), ``in_sizes``, ``get_weights_and_biases`` and
+    ``set_weights_and_biases``, unless its own class has something of that name.
+
+    Example:
+        >>> isinstance(analogize(nn.Linear(8, 4), config), AnalogModule)
+        True
+    """
+
+    # What LayerAttributes has for it:
+    rpu_config: TorchInferenceRPUConfig
+    in_sizes: list[int] | dict[str, list[int]]
+    get_weights_and_biases: Callable[[], tuple[Tensor, Tensor | None]]
+    set_weights_and_biases: Callable[..., None]
 
     _analog: Placement
     digital_class: type[nn.Module]
@@ -96,9 +114,21 @@ class AnalogModule(nn.Module):
         reset_state(self, placement.sites, placement.resolved, only)
         placement.unset -= placement.unset if only is None else only
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        if (entry := metadata.get(prefix[:-1])) is not None:
+            entry[CONFIG] = self._analog.config.to_dict()
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        warn_of_another_config(local_metadata, self._analog.config)
         # A digital checkpoint has no analog state: ranges stay what they are, and learned clips
         # start from the weights that are loaded.
         placement = self._analog
@@ -120,7 +150,7 @@ class AnalogModule(nn.Module):
             state_dict[key] = (
                 torch.empty_like(current, device=device) if current.is_meta else current
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self.__dict__["_analog_fresh"] = fresh
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -194,4 +224,4 @@ def analog_class(base: Any, inherited: Any = None) -> type[AnalogModule]:
             self._reset()
 
         members["reset_parameters"] = reset_parameters
-    return type(name, (AnalogModule, base), members)
+    return type(name, (AnalogModule, base, LayerAttributes), members)

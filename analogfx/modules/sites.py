@@ -12,6 +12,24 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
 
 
+def named_analog_layers(model: nn.Module) -> Iterator[tuple[str, AnalogModule]]:
+    """Every analog layer of a model with its path.
+
+    Args:
+        model: what ``analogize`` or ``load`` returned, compiled or in a data-parallel wrapper, too:
+            paths are those inside.
+
+    Example:
+        >>> {path: layer.in_sizes for path, layer in named_analog_layers(analog)}
+    """
+    return analog_modules(unwrapped(model))
+
+
+def analog_layers(model: nn.Module) -> Iterator[AnalogModule]:
+    """Every analog layer of a model; see :func:`named_analog_layers`."""
+    return (layer for _, layer in named_analog_layers(model))
+
+
 def analog_modules(model: nn.Module) -> Iterator[tuple[str, AnalogModule]]:
     """Every analog module of a model by its path, its programs those for the module as it is."""
     for path, module in model.named_modules():

@@ -1,0 +1,1 @@
+"""Ways in from other toolkits, and back out."""
