@@ -15,7 +15,8 @@ def adapters_of(host: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             copies of (``modules_to_save``) are no adapters.
     """
     if any(base.__name__ == "BaseTunerLayer" for base in type(host).__mro__):
-        for attribute in type(host).adapter_layer_names:  # type: ignore[union-attr,operator]
+        names: tuple[str, ...] = getattr(type(host), "adapter_layer_names", ())
+        for attribute in names:
             container = host._modules.get(attribute)
             if container is not None:
                 yield from container.named_modules(prefix=attribute)

@@ -78,7 +78,7 @@ def _in_tile() -> Any:
     if not _CLASSES:
         from peft.tuners.lora import Linear
 
-        class LinearInTile(Linear):  # type: ignore[misc]
+        class LinearInTile(Linear):
             """A linear layer of PEFT that multiplies once, by the weight and its adapters."""
 
             adapters_in_weight = True

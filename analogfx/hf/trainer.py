@@ -14,7 +14,7 @@ from analogfx.distributed import Preparation, keep_decay_off_ranges, prepare_tra
 from analogfx.modules.sites import sites
 
 
-class AnalogCallback(TrainerCallback):  # type: ignore[misc]
+class AnalogCallback(TrainerCallback):
     """Trains analog layers as their configs say: ``Trainer(..., callbacks=[AnalogCallback()])``.
 
     When training begins it calls :func:`analogfx.prepare_training`: after every step weights are
@@ -60,7 +60,7 @@ class AnalogCallback(TrainerCallback):  # type: ignore[misc]
         self._decay = []
 
 
-class _Reminder(TrainerCallback):  # type: ignore[misc]
+class _Reminder(TrainerCallback):
     """Warns of an analog model that Trainer trains without :class:`AnalogCallback`."""
 
     def on_step_end(self, args: Any, state: Any, *_: Any, model: Any, **__: Any) -> None:

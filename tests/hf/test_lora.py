@@ -17,11 +17,7 @@ import analogfx
 from analogfx.errors import PlacementError
 from analogfx.hf import lora_in_tiles
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # PEFT asks transformers by a name that transformers has renamed.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
