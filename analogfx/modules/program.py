@@ -18,7 +18,7 @@ from analogfx.errors import CaptureError, PassError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.modules.children import child_of
-from analogfx.modules.driven import ReadySite, bound, is_driven, made_ready, spread
+from analogfx.modules.driven import bound, spread, whole_of
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -162,14 +162,13 @@ def _build(
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.op) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
     decisions = tuple(pipeline.decisions(graph))
-    run, held = bound(module, graph, apart), None
+    known = [(s.weight, s.state, f.spec) for s, f in zip(sites, lowered, strict=True) if f]
+    # What passes of the caller's own have put around a site is in its graph alone.
+    whole = None if passes or config is None else whole_of(module, known, config, training)
+    run, held = bound(module, graph, apart, whole), None
     if not training and sites and None not in lowered:
         pipeline.run((hold,), graph, context)
         held = bound(module, graph, apart)
-        if is_driven(module):
-            pairs = zip(sites, lowered, strict=True)
-            ready = [ReadySite(s.weight, s.state, f.spec) for s, f in pairs if f is not None]
-            run = made_ready(module, run, ready)
     readers, delegates = tuple({"": True} | read), bool(context.delegated)
     return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 
