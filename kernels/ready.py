@@ -1,12 +1,13 @@
-"""One site's product at inference, called many times with few rows each, as in a recurrence.
+"""One site's product, called many times with few rows each, as in a recurrence.
 
 All that does not depend on the input is made once, and the rest works in place: with few rows the
 time goes into small ops and into new memory. The numbers are those of
-:mod:`analogfx.kernels.linear` without noise.
+:mod:`analogfx.kernels.linear`; noise is added by whoever asks for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor
 from analogfx.kernels import integers, prepared
 from analogfx.kernels import reference as ref
 from analogfx.kernels.spec import MVMSpec, encode
-from analogfx.kernels.weights import tiles
+from analogfx.kernels.weights import code_scale, maxima, modified_weight, scale, tiles
+
+AddNoise = Callable[[int, Tensor, Tensor], None]
+"""Adds its noise to a tile's product: of the tile's number, its converted inputs, the product."""
+NoteClipped = Callable[[int, Tensor, Tensor], None]
+"""Is told of a tile's number, and its outputs before and after its ADC's clamp."""
 
 
 class _Step(NamedTuple):
@@ -68,29 +74,30 @@ def make(
         clip: (k, O) or None.
         spec: of one group.
     """
-    text = encode(spec)
-    held, scale = prepared.prepare(weight, clip, text)
-    if spec.range_mode == "dynamic":
-        return Ready([], bias, (held, scale if spec.out_bound else None), None, text)
-    adc = None
-    if spec.out_bound:
-        assert input_range is not None
-        adc = prepared.limits(scale, input_range, text)
     depth = integers.depth(spec)
-    if depth and max(spec.in_sizes) > depth:
-        return Ready([], bias, (held, adc), input_range, text)
-    # Few rows meet a matrix: a product reads its columns twice as fast as its rows.
-    columns = held.t().contiguous()
+    text = encode(spec)
+    if spec.range_mode == "dynamic" or (depth and max(spec.in_sizes) > depth):
+        held, scales = prepared.prepare(weight, clip, text)
+        if spec.out_bound and input_range is not None:
+            scales = prepared.limits(scales, input_range, text)
+        return Ready([], bias, (held, scales if spec.out_bound else None), input_range, text)
+    peaks = maxima(weight, clip, spec)
+    quiet = spec._replace(noise_std=0.0)
+    held = modified_weight(weight, clip, None, peaks, quiet, codes=depth > 0)
+    columns = held.t()
     made = []
     for t, s in tiles(spec.in_sizes):
         r = None if input_range is None else input_range[t]
         dac = _step(ref.step_of(r, spec.inp_res)) if r is not None and spec.inp_res else None
         if dac is not None and depth:
             dac = dac._replace(factor=None)
-        steps = None if adc is None or not spec.out_res else _step(adc[1, t])
-        bound = None if adc is None else adc[0, t]
-        rho = adc[2, t] if adc is not None and depth else None
-        made.append(_Tile(s, r, dac, columns[s], steps, bound, rho))
+        adc = bound = rho = None
+        if spec.out_bound:
+            assert peaks is not None and r is not None
+            bound = ref.adc_bound(r, scale(peaks[t], spec.bound_per_channel, spec), spec.out_bound)
+            adc = _step(ref.adc_step(bound, spec.out_res)) if spec.out_res else None
+            rho = code_scale(peaks[t], spec) if depth else None
+        made.append(_Tile(s, r, dac, columns[s], adc, bound, rho))
     return Ready(made, None if bias is None else ref.wide(bias), None, None, text)
 
 
@@ -98,28 +105,43 @@ def _step(step: Tensor) -> _Step:
     return _Step(step.clamp_min(torch.finfo(step.dtype).tiny), step)
 
 
-def linear(x: Tensor, ready: Ready) -> Tensor:
-    """The product: x (..., I) to (..., O) of x's dtype."""
+def linear(
+    x: Tensor,
+    ready: Ready,
+    noise: AddNoise | None = None,
+    note: NoteClipped | None = None,
+) -> Tensor:
+    """The product: x (..., I) to (..., O) of x's dtype.
+
+    Args:
+        noise: what adds to the product of every tile; None for nothing.
+        note: what notes clipped outputs; None for nothing.
+    """
     if ready.operands is not None:
         weight, scale = ready.operands
         r = ready.input_range
         return prepared.linear(x, weight, scale, ready.bias, None, r, None, ready.text)
     rows = ref.wide(x.reshape(-1, x.shape[-1]))
     total = None
-    for tile in ready.tiles:
+    for t, tile in enumerate(ready.tiles):
         z = rows[:, tile.inputs]
         if tile.range is not None:
             z = ref.clamp_to(z, tile.range)
             if tile.dac is not None:
                 _round_(z, tile.dac)
         y = torch.mm(z, tile.weight)
+        if noise is not None:
+            noise(t, z, y)
         if tile.bound is not None:
             if tile.code_scale is not None:
                 assert tile.adc is not None and tile.adc.factor is not None
                 y.mul_(tile.code_scale).round_().mul_(tile.adc.factor)
             elif tile.adc is not None:
                 _round_(y, tile.adc)
-            ref.clamp_to(y, tile.bound, out=y)
+            bounded = ref.clamp_to(y, tile.bound, out=y if note is None else None)
+            if note is not None:
+                note(t, y, bounded)
+            y = bounded
         total = y if total is None else total.add_(y)
     assert total is not None
     if ready.bias is not None:

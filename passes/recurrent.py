@@ -40,12 +40,36 @@ class Products(Protocol):
     def apart(self, number: int) -> bool:
         """Whether the numbers of a product depend on which calls its inputs are spread over."""
 
+    def whole(self, direction: Direction, rows: Any, sizes: list[int], state: State) -> Any:
+        """All steps of a direction in one call.
+
+        Args:
+            rows: (rows of all steps, I).
+            sizes: how many sequences have each step.
+            state: each (sequences, features).
+
+        Returns:
+            (rows of all steps, O) and the last state; None where only single calls will do.
+        """
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One layer in one direction."""
+
+    kind: str
+    """A name of :data:`GATES`."""
+    numbers: list[int]
+    """Of the products of x, of h, and of a projection if there is one."""
+    reverse: bool
+
 
 @dataclass(frozen=True)
 class Layers:
     """A stack of layers."""
 
-    gates: Gates
+    kind: str
+    """A name of :data:`GATES`."""
     count: int
     bidirectional: bool
     projected: bool
@@ -68,6 +92,12 @@ class Steps(Protocol):
     def running(self, step: int) -> int | None:
         """How many sequences, the first ones, have that step; None for all."""
 
+    def flat(self, rows: Any) -> tuple[Any, list[int]]:
+        """The rows of all steps, (rows, I), and how many sequences have each step."""
+
+    def unflat(self, rows: Any) -> Any:
+        """Rows as they were before :meth:`flat`."""
+
 
 class Even:
     """(T, N, I): all sequences are of one length."""
@@ -87,6 +117,14 @@ class Even:
     def running(self, step: int) -> int | None:
         """All of them."""
         return None
+
+    def flat(self, rows: Any) -> tuple[Any, list[int]]:
+        """(T * N, I), and N for every step."""
+        return rows.flatten(0, 1), [rows.shape[1]] * self.count
+
+    def unflat(self, rows: Any) -> Any:
+        """(T, N, O)."""
+        return rows.unflatten(0, (self.count, -1))
 
 
 class Packed:
@@ -111,6 +149,14 @@ class Packed:
         size = self._sizes[step]
         return size if size < self._sizes[0] else None
 
+    def flat(self, rows: Any) -> tuple[Any, list[int]]:
+        """As they are."""
+        return rows, self._sizes
+
+    def unflat(self, rows: Any) -> Any:
+        """As they are."""
+        return rows
+
 
 def run(
     layers: Layers, products: Products, rows: Any, steps: Steps, states: State
@@ -132,57 +178,55 @@ def run(
         outputs = []
         for reverse in (False, True)[: 1 + layers.bidirectional]:
             mine = [next(numbers) for _ in range(2 + layers.projected)]
-            one = _Direction(
-                layers.gates, products, mine, range(steps.count)[:: -1 if reverse else 1]
-            )
-            output, after = one.run(rows, steps, tuple(state[len(last)] for state in states))
+            direction = Direction(layers.kind, mine, reverse)
+            state = tuple(state[len(last)] for state in states)
+            output, after = _run_direction(direction, products, rows, steps, state)
             outputs.append(output)
             last.append(after)
         rows = torch.cat(outputs, dim=-1) if layers.bidirectional else outputs[0]
     return rows, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
 
 
-@dataclass(frozen=True)
-class _Direction:
-    """One layer in one direction."""
+def _run_direction(
+    direction: Direction, products: Products, rows: Any, steps: Steps, state: State
+) -> tuple[Any, State]:
+    """Outputs (..., features) and the last state.
 
-    gates: Gates
-    products: Products
-    numbers: list[int]
-    """Of the products of x, of h, and of a projection if there is one."""
-    order: Sequence[int]
-    """The time steps as they come."""
+    Sequences end at different steps: a state whose sequence has ended, or in reverse has not
+    begun, waits.
+    """
+    flat, sizes = steps.flat(rows)
+    whole = products.whole(direction, flat, sizes, state)
+    if whole is not None:
+        return steps.unflat(whole[0]), whole[1]
+    of_x, of_h, *of_projection = direction.numbers
+    order = range(steps.count)[:: -1 if direction.reverse else 1]
+    gates_x = _of_inputs(of_x, products, rows, steps, order)
+    state = tuple(part.type_as(gates_x[0]) for part in state)
+    outputs: list[Any] = [None] * steps.count
+    for t in order:
+        size = steps.running(t)
+        now = state if size is None else tuple(part[:size] for part in state)
+        made = GATES[direction.kind](gates_x[t], products(of_h, now[0]), now)
+        for number in of_projection:
+            made = products(number, made[0]), *made[1:]
+        outputs[t] = made[0]
+        if size is not None:
+            pairs = zip(made, state, strict=True)
+            made = tuple(torch.cat([new, old[size:]]) for new, old in pairs)
+        state = made
+    return steps.joined(outputs), state
 
-    def run(self, rows: Any, steps: Steps, state: State) -> tuple[Any, State]:
-        """Outputs (..., features) and the last state.
 
-        Sequences end at different steps: a state whose sequence has ended, or in reverse has not
-        begun, waits.
-        """
-        gates_x = self._of_inputs(rows, steps)
-        state = tuple(part.type_as(gates_x[0]) for part in state)
-        outputs: list[Any] = [None] * steps.count
-        for t in self.order:
-            size = steps.running(t)
-            now = state if size is None else tuple(part[:size] for part in state)
-            made = self.gates(gates_x[t], self.products(self.numbers[1], now[0]), now)
-            for number in self.numbers[2:]:
-                made = self.products(number, made[0]), *made[1:]
-            outputs[t] = made[0]
-            if size is not None:
-                pairs = zip(made, state, strict=True)
-                made = tuple(torch.cat([new, old[size:]]) for new, old in pairs)
-            state = made
-        return steps.joined(outputs), state
-
-    def _of_inputs(self, rows: Any, steps: Steps) -> Any:
-        """The product of every step's input, by step: in one call where that is the same."""
-        number = self.numbers[0]
-        if not self.products.apart(number):
-            return steps.parts(self.products(number, rows))
-        parts = steps.parts(rows)
-        made = {t: self.products(number, parts[t]) for t in self.order}
-        return [made[t] for t in range(steps.count)]
+def _of_inputs(
+    number: int, products: Products, rows: Any, steps: Steps, order: Sequence[int]
+) -> Any:
+    """The product of every step's input, by step: in one call where that is the same."""
+    if not products.apart(number):
+        return steps.parts(products(number, rows))
+    parts = steps.parts(rows)
+    made = {t: products(number, parts[t]) for t in order}
+    return [made[t] for t in range(steps.count)]
 
 
 # ------------------------------------------------------------------------------- calls in graphs
@@ -201,8 +245,12 @@ class _InGraph:
         """In training every step has noise and statistics of its own."""
         return self.training
 
+    def whole(self, direction: Direction, rows: Any, sizes: list[int], state: State) -> Any:
+        """A graph shows every product."""
+        return None
 
-def _unrolled(gates: Gates, *args: Any) -> Any:
+
+def _unrolled(kind: str, *args: Any) -> Any:
     """A layer's call as products, for the number of steps that its input has.
 
     None for packed sequences: their lengths are values.
@@ -216,7 +264,7 @@ def _unrolled(gates: Gates, *args: Any) -> Any:
     directions = layers * (1 + bidirectional)
     pairs = _pairs(weights, biased, len(weights) // directions)
     projected = len(pairs) == 3 * directions
-    stack = Layers(gates, layers, bidirectional, projected, dropout if training else 0.0)
+    stack = Layers(kind, layers, bidirectional, projected, dropout if training else 0.0)
     x = x.transpose(0, 1) if batch_first else x
     y, states = run(stack, _InGraph(pairs, training), x, Even(steps), states)
     return cells.as_one(y.transpose(0, 1) if batch_first else y, *states)
@@ -234,6 +282,6 @@ def _pairs(flat: Sequence[Any], biased: bool, each: int) -> list[tuple[Any, Any]
 
 
 RULES: dict[Any, Callable[..., Any]] = {
-    getattr(torch, name): partial(_unrolled, gates) for name, gates in GATES.items()
+    getattr(torch, name): partial(_unrolled, name) for name in GATES
 }
 """What computes the same as a function, by the function."""

@@ -23,6 +23,7 @@ NAMES = sorted(
 RANDOM = {"draw_seed"}
 ONCE_DIFFERENTIABLE = {
     "analog_linear_backward", "analog_conv_backward", "analog_experts_backward",
+    "analog_recurrence_backward",
     "held_linear", "held_conv", "held_experts", "expert_mvm_backward", "expert_dac_backward",
 }  # fmt: skip
 
@@ -128,6 +129,19 @@ def calls_of_a_digital_layer():
     return above.calls
 
 
+def calls_of_a_recurrence(layer, config):
+    """One training step of a layer whose ranges hold: what its ops are called with."""
+    analog = analogfx.analogize(layer, config)
+    for name, count in analog.named_buffers():
+        if "update_idx" in name:
+            count.fill_(10_000)
+    with CallsOf() as above:
+        y, _ = analog(torch.randn(3, 1, 16, requires_grad=True))
+    with CallsBelow() as below:
+        y.sum().backward()
+    return [call for call in above.calls + below.calls if "recurrence" in call[0]._opname]
+
+
 def calls_when_prepared(site):
     """A training site that leaves its ranges to the step: what its ops are called with."""
     layer, config = SITES[site]
@@ -176,6 +190,9 @@ def recorded():
         for function, args in calls_when_prepared(site):
             if function._opname == "collect_range":
                 found[function._opname].setdefault(signature(args), (function, args))
+    for layer in (nn.LSTM(16, 16, proj_size=12), nn.GRU(16, 16, bias=False), nn.RNN(16, 16)):
+        for function, args in calls_of_a_recurrence(layer, EVERYTHING):
+            found[function._opname].setdefault(signature(args), (function, args))
     for layer in ("linear", "linear of 3-D", "conv2d", "grouped", "experts"):
         for function, args in calls_on_chip(layer):
             found[function._opname].setdefault(signature(args), (function, args))

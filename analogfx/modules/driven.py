@@ -16,11 +16,14 @@ from torch._compile import _disable_dynamo
 from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
-from analogfx.kernels import prepared, ready
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels import recurrence
+from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.modules.capture import bind, forward_of
 from analogfx.modules.kinds import DRIVERS
 from analogfx.ops import operands
+from analogfx.ops.transforms import in_transform
+from analogfx.passes.cells import State
+from analogfx.passes.recurrent import Direction
 from analogfx.state import COUNT, StateNames
 
 Apart = Callable[[nn.Module, int], bool]
@@ -33,12 +36,16 @@ def is_driven(module: nn.Module) -> bool:
 
 
 def bound(
-    module: nn.Module, graph: Graph, apart: Apart = lambda module, number: True
+    module: nn.Module,
+    graph: Graph,
+    apart: Apart = lambda module, number: True,
+    whole: Whole | None = None,
 ) -> Callable[..., Any]:
     """A graph's code as the forward of modules like one: their first argument is the module.
 
     Args:
         apart: see :data:`Apart`; for a driven module.
+        whole: what runs many of its products in one call.
     """
     driver = DRIVERS.get(forward_of(module))
     if driver is None:
@@ -48,9 +55,8 @@ def bound(
 
     @_disable_dynamo
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return driver.run(
-            module, _Calls(module, runs, args[:leading], apart), args[leading:], kwargs
-        )
+        calls = _Calls(module, runs, args[:leading], apart, whole)
+        return driver.run(module, calls, args[leading:], kwargs)
 
     return run
 
@@ -85,6 +91,97 @@ def _may_count(count: Tensor, init_from_data: int) -> bool:
     )
 
 
+class DrivenSite(NamedTuple):
+    """What one op for many calls needs to know of one product of a driven module."""
+
+    weight: Callable[[nn.Module], Tensor]
+    bias: str | None
+    """Its name in the module."""
+    state: StateNames
+    spec: MVMSpec
+    text: str
+    """The spec, encoded."""
+
+
+class Whole:
+    """Runs a layer of a recurrence in one direction as one op, where that is the same."""
+
+    def __init__(self, sites: list[DrivenSite], config: Resolved, training: bool) -> None:
+        self._sites, self._config, self._training = sites, config, training
+
+    def __call__(
+        self, module: nn.Module, direction: Direction, rows: Tensor, sizes: list[int], state: State
+    ) -> tuple[Tensor, State] | None:
+        """See ``Products.whole``."""
+        # Who watches ops (an audit, a FLOP counter, fake tensors) is shown those of the sites.
+        watched = torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
+        sites = [self._sites[number] for number in direction.numbers]
+        if watched or in_transform() or not self._closed(module, sites):
+            return None
+        x = operands.autocast(rows)
+        held = [self._operands(module, site) for site in sites]
+        if any(t.dtype != x.dtype for one in held for t in one[:2] if t is not None):
+            return None  # a single call says what is wrong
+        keep = torch.is_grad_enabled()
+        drawn = any(site.spec.noise_std or site.spec.out_noise for site in sites)
+        if (keep or drawn) and recurrence.refusal(
+            max(sizes), [(site.spec, x.dtype, x.device) for site in sites]
+        ):
+            return None
+        h, c = (*(part.to(x.dtype) for part in state), None)[:2]
+        absent = 3 - len(sites)
+        seed = torch.ops.analogfx.draw_seed.default(x.detach()) if drawn else None
+        out, *after = torch.ops.analogfx.analog_recurrence.default(
+            x, h, c,
+            *(t for one in held for t in one), *[None] * (4 * absent),
+            seed, sizes, direction.reverse, keep, direction.kind,
+            *(site.text for site in sites), *[""] * absent,
+        )  # fmt: skip
+        return out, tuple(after[: len(state)])
+
+    def _closed(self, module: nn.Module, sites: list[DrivenSite]) -> bool:
+        """Whether the ranges hold for the whole call, and nobody asks what it sees."""
+        if not (self._training and self._config.has_state):
+            return True
+        counts = [getattr(module, site.state.of(COUNT)) for site in sites]
+        init = self._config.init_from_data
+        return not self._config.collects and not any(_may_count(c, init) for c in counts)
+
+    def _operands(self, module: nn.Module, site: DrivenSite) -> tuple[Tensor | None, ...]:
+        """Weight, bias, range and clip."""
+        r = getattr(module, site.state.input_range, None)
+        return (
+            operands.autocast(site.weight(module)),
+            None if site.bias is None else operands.autocast(getattr(module, site.bias)),
+            None if r is None else r.abs(),
+            getattr(module, site.state.clip, None),
+        )
+
+
+def whole_of(
+    module: nn.Module,
+    sites: Sequence[tuple[Callable[[nn.Module], Tensor], StateNames, MVMSpec]],
+    config: Resolved,
+    training: bool,
+) -> Whole | None:
+    """What runs the products of modules like one in few calls, if they are driven.
+
+    Args:
+        sites: for every product that became one fused op its weight, state and spec.
+    """
+    driver = DRIVERS.get(forward_of(module))
+    if driver is None:
+        return None
+    biases = driver.biases(module)
+    if len(biases) != len(sites):
+        return None
+    made = [
+        DrivenSite(weight, bias, state, spec, encode(spec))
+        for bias, (weight, state, spec) in zip(biases, sites, strict=True)
+    ]
+    return Whole(made, config, training)
+
+
 class _Calls:
     """The products of one call of a driven module."""
 
@@ -94,8 +191,10 @@ class _Calls:
         runs: list[Callable[..., Any]],
         given: tuple[Any, ...],
         apart: Apart,
+        whole: Whole | None,
     ) -> None:
         self._module, self._runs, self._given, self._apart = module, runs, given, apart
+        self._whole = whole
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
         y: Tensor = self._runs[number](self._module, *self._given, x)
@@ -103,6 +202,11 @@ class _Calls:
 
     def apart(self, number: int) -> bool:
         return self._apart(self._module, number)
+
+    def whole(self, direction: Direction, rows: Tensor, sizes: list[int], state: State) -> Any:
+        if self._whole is None:
+            return None
+        return self._whole(self._module, direction, rows, sizes, state)
 
 
 def pieces(graph: Graph) -> list[Graph]:
@@ -146,60 +250,3 @@ def _ancestors(nodes: list[Node]) -> set[Node]:
             found.add(node)
             waiting += node.all_input_nodes
     return found
-
-
-class ReadySite(NamedTuple):
-    """What inference needs to know of one product of a driven module."""
-
-    weight: Callable[[nn.Module], Tensor]
-    state: StateNames
-    spec: MVMSpec
-
-
-def made_ready(
-    module: nn.Module, run: Callable[..., Any], sites: list[ReadySite]
-) -> Callable[..., Any]:
-    """A driven forward for inference: what its tiles hold is made once a call, not once a step.
-
-    Args:
-        module: of the kind.
-        run: the forward for a call with gradients, or one that is traced.
-    """
-    driver = DRIVERS[forward_of(module)]
-
-    @_disable_dynamo
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Who watches ops (an audit, a FLOP counter, fake tensors) is shown those of the sites.
-        watched = torch._C._len_torch_dispatch_stack() > 0
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched:
-            return run(module, *args, **kwargs)
-        names = zip(sites, driver.biases(module), strict=True)
-        products = _Ready([_made(module, site, bias) for site, bias in names])
-        return driver.run(module, products, args, kwargs)
-
-    return forward
-
-
-class _Ready:
-    """The products of one call in inference."""
-
-    def __init__(self, sites: list[ready.Ready]) -> None:
-        self._sites = sites
-
-    def __call__(self, number: int, x: Tensor) -> Tensor:
-        # Autocast has had its say about the operands: nothing below may be cast again.
-        x = operands.autocast(x)
-        with torch._C._ExcludeDispatchKeyGuard(prepared.AUTOCAST):
-            return ready.linear(x, self._sites[number])
-
-    def apart(self, number: int) -> bool:
-        return False
-
-
-def _made(module: nn.Module, site: ReadySite, name: str | None) -> ready.Ready:
-    """A site's product, ready. ``name`` is its bias's in the module."""
-    weight = operands.autocast(site.weight(module))
-    bias = None if name is None else operands.autocast(getattr(module, name))
-    input_range = getattr(module, site.state.input_range, None)
-    input_range = None if input_range is None else input_range.abs()
-    return ready.make(weight, bias, input_range, getattr(module, site.state.clip, None), site.spec)

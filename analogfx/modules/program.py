@@ -18,7 +18,7 @@ from analogfx.errors import CaptureError, PassError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.modules.children import child_of
-from analogfx.modules.driven import ReadySite, bound, is_driven, made_ready, spread
+from analogfx.modules.driven import bound, spread, whole_of
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -170,14 +170,15 @@ def _build(
         if None in lowered:
             raise CaptureError("its chain of ops is not one that lower knows, so no part can run")
         pipeline.run((functools.partial(take_part, share=share),), graph, context, after)
-    run, held = bound(module, graph, apart), None
+    known = [(s.weight, s.state, f.spec) for s, f in zip(sites, lowered, strict=True) if f]
+    # What passes of the caller's own, or a part for tensor parallelism, have put around a site is
+    # in its graph alone.
+    alone = passes or share is not None or config is None
+    whole = None if alone else whole_of(module, known, config, training)
+    run, held = bound(module, graph, apart, whole), None
     if not training and sites and None not in lowered and share is None:
         pipeline.run((hold,), graph, context)
         held = bound(module, graph, apart)
-        if is_driven(module):
-            pairs = zip(sites, lowered, strict=True)
-            ready = [ReadySite(s.weight, s.state, f.spec) for s, f in pairs if f is not None]
-            run = made_ready(module, run, ready)
     readers, delegates = tuple({"": True} | read), bool(context.delegated)
     return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 

@@ -10,9 +10,11 @@ nothing back to the host, and has a fake and an autograd formula. The arithmetic
 :mod:`analogfx.kernels`; this package only names it to torch, when it is imported.
 """
 
-from analogfx.ops import experts, explicit, flops, fused, held, ranges
+from analogfx.ops import experts, explicit, flops, fused, held, ranges, recurrence
 from analogfx.ops.operands import autocast, checked
 
 flops.register_when_counted()
 
-__all__ = ["autocast", "checked", "experts", "explicit", "flops", "fused", "held", "ranges"]
+__all__ = [
+    "autocast", "checked", "experts", "explicit", "flops", "fused", "held", "ranges", "recurrence",
+]  # fmt: skip

@@ -60,7 +60,7 @@ def test_inputs_are_spread_over_calls_only_where_calls_count(name):
         assert apart(analog, 0) is (expected and "decay" not in name)
 
 
-def test_inference_makes_what_tiles_hold_once_a_call(monkeypatch):
+def test_what_tiles_hold_is_made_once_a_call(monkeypatch):
     made = []
     make = ready.make
     monkeypatch.setattr(ready, "make", lambda *args: made.append(1) or make(*args))
@@ -69,7 +69,7 @@ def test_inference_makes_what_tiles_hold_once_a_call(monkeypatch):
         analog(torch.randn(7, 2, 3))
     assert len(made) == 2
     analog(torch.randn(7, 2, 3))
-    assert len(made) == 2
+    assert len(made) == 4
 
 
 def test_who_watches_ops_sees_the_products_in_inference_too():

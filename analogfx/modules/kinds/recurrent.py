@@ -79,12 +79,12 @@ class _InPlaceOfFused(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        gates = GATES.get(getattr(func, "__name__", ""))
-        if gates is None:
+        kind = getattr(func, "__name__", "")
+        if kind not in GATES:
             return func(*args, **(kwargs or {}))
         module = self.module
         layers = Layers(
-            gates,
+            kind,
             module.num_layers,
             module.bidirectional,
             module.proj_size > 0,
