@@ -24,6 +24,12 @@ class Held(NamedTuple):
     """(k, O) what scales the ADC's bounds, of the exact weights; None without a bound."""
     gain: Tensor | None
     """(k, O) factors behind the ADC; None without compensation."""
+    variance: Tensor | None = None
+    """Of the weights in every product, shaped as they are; None where a reading has the noise."""
+    deviation: Tensor | None = None
+    """(k, O) standard deviation of output noise over the range; None without output noise."""
+    calls: Tensor | None = None
+    """int64 (): a seed that every product takes and raises by 1; None where no product draws."""
 
 
 Holdings = Mapping[int, tuple[Held, ...]]

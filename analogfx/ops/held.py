@@ -13,6 +13,7 @@ from analogfx.ops.define import define
 
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? peaks, Tensor? gain, "
+    "Tensor? variance, Tensor? deviation, Tensor? seed, "
 )
 
 
@@ -24,6 +25,11 @@ def _linear(*args: Any) -> Tensor:
 def _conv(*args: Any) -> Tensor:
     *tensors, window, text = args
     return held.conv(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
+
+
+def next_seed(calls: Tensor | None) -> Tensor | None:
+    """The seed of one more product, which raises the count of all; None where none draws."""
+    return None if calls is None else calls.add_(1)
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> None:
@@ -51,7 +57,7 @@ define(
     _INPUTS + "Tensor offsets, str spec",
     "Tensor",
     _experts,
-    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0] // rest[4].shape[0])),
+    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0] // rest[-2].shape[0])),
     lambda ctx, inputs, output: None,
     _no_gradient,
 )
