@@ -50,17 +50,12 @@ class Numbered(Protocol):
 
 def of(placement: Numbered) -> tuple[Held, ...] | None:
     """What the sites of one module hold; None outside of every device of its model."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # The number is not read where nothing is held: a compiler's graph that depends on it
         # serves one module alone, and not all that look alike.
         return _last.get(placement.number) if _last else None
     current: Holdings = getattr(_thread, "current", _nothing)
     return current.get(placement.number) if current else None
-
-
-def any_held() -> bool:
-    """Whether the thread is inside a device."""
-    return bool(getattr(_thread, "current", _nothing))
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from analogfx.kernels import conv, held
@@ -20,6 +22,11 @@ _INPUTS = (
 def _linear(*args: Any) -> Tensor:
     *tensors, text = args
     return held.linear(*(*tensors, decode(MVMSpec, text)))
+
+
+def _experts(*args: Any) -> Tensor:
+    *tensors, text = args
+    return held.experts(*(*tensors, decode(MVMSpec, text)))
 
 
 def _conv(*args: Any) -> Tensor:
@@ -46,12 +53,6 @@ define(
     _no_gradient,
 )
 
-
-def _experts(*args: Any) -> Tensor:
-    *tensors, text = args
-    return held.experts(*(*tensors, decode(MVMSpec, text)))
-
-
 define(
     "held_experts",
     _INPUTS + "Tensor offsets, str spec",
@@ -77,3 +78,10 @@ define(
     lambda ctx, inputs, output: None,
     _no_gradient,
 )
+
+IMPLEMENTATIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.analogfx.held_linear.default: _linear,
+    torch.ops.analogfx.held_experts.default: _experts,
+    torch.ops.analogfx.held_conv.default: _conv,
+}
+"""What computes each op, for whoever watches the steps of a product."""
