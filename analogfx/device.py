@@ -6,7 +6,9 @@ everything else that reads a weight (a tied embedding, a checkpoint) finds the e
 
 Random numbers are drawn on the CPU whatever the model's device, each by a key made of the seed,
 the site, its tile, the step (programming, drift, a reading) and the number of the draw in it; so a
-chip is the same on every machine, and times can be asked for in any order.
+chip is the same on every machine, and times can be asked for in any order. Noise that every product
+draws is drawn where the model is, by a key made of the seed, the site, the reading and the number
+of the product in it.
 """
 
 from __future__ import annotations
@@ -37,16 +39,16 @@ from analogfx.errors import CaptureError, CheckpointError, ConfigError, Conflict
 from analogfx.held import Held, holding
 from analogfx.kernels import held as kernel
 from analogfx.kernels import noise
-from analogfx.kernels.spec import MVMSpec
 from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.modules.program import AnalogSite
+from analogfx.modules.program import AnalogSite, Lowered
 from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.modules.write_back import dense_weight
 from analogfx.shards import whole
 
 SCHEMA = 1
 CHIP_FILE = "chip.json"
+READ_NOISE = ("readout", "product")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class _Site:
     target: Tensor
     """(O, I) weights that it was programmed to hold."""
     peaks: Tensor | None
+    deviation: Tensor | None
+    """(k, O) of its output noise over the range; None for none."""
 
     def tiles(self) -> Iterator[tuple[int, int, slice, slice]]:
         """Every tile: its number, its number along the inputs, its rows and columns of target."""
@@ -88,7 +92,13 @@ class Device:
         return f"Device({weights} weights, {', '.join(models)}, seed={self.seed})"
 
     @contextmanager
-    def at(self, seconds: float, read: int | None = None) -> Iterator[Device]:
+    def at(
+        self,
+        seconds: float,
+        read: int | None = None,
+        read_noise: str = "readout",
+        output_noise: bool = False,
+    ) -> Iterator[Device]:
         """Inside this context the model's analog products multiply by what the chip holds now.
 
         The chip is read on entry. Contexts nest, of one chip and of several; each thread is inside
@@ -98,9 +108,17 @@ class Device:
             seconds: time after programming, 0 or more.
             read: number of the reading at this time: the same one gives the same weights. None
                 takes the next.
+            read_noise: "readout": drawn once, when the chip is read; all products inside share it,
+                as in AIHWKIT. "product": drawn anew for every input vector, as a chip does it.
+                The first product of a reading has the same noise whenever the reading is repeated,
+                and so has the second.
+            output_noise: add the noise of ``forward.out_noise`` to every tile's outputs, anew for
+                every input vector, as training does.
 
         Raises:
-            ValueError: a time below 0.
+            ValueError: a time below 0, or another ``read_noise``.
+            ConfigError: ``read_noise="product"`` with a noise model of one's own that does not tell
+                its read noise apart, or ``output_noise`` where no config has any.
 
         Example:
             >>> device = analogfx.program(analog.eval(), analogfx.chip.PCMLikeNoiseModel())
@@ -110,12 +128,21 @@ class Device:
         seconds = float(seconds)
         if not (seconds >= 0 and math.isfinite(seconds)):
             raise ValueError(f"seconds = {seconds!r}: expected a time after programming, from 0 on")
+        if read_noise not in READ_NOISE:
+            valid = " or ".join(map(repr, READ_NOISE))
+            raise ValueError(f"read_noise = {read_noise!r}: expected {valid}")
+        if output_noise and all(site.deviation is None for site in self._sites):
+            valid = "a strength above 0 at one site at least, for output_noise=True"
+            raise ConfigError([Conflict("forward.out_noise", 0.0, valid)])
         if read is None:
             with self._lock:
                 read = self._readings[seconds]
                 self._readings[seconds] += 1
         with torch.no_grad():
-            held = [self._held(site, seconds, read) for site in self._sites]
+            held = [
+                self._held(site, seconds, read, read_noise == "product", output_noise)
+                for site in self._sites
+            ]
         by_placement: dict[int, tuple[Held, ...]] = {}
         for site, one in zip(self._sites, held, strict=True):
             by_placement[site.placement] = (*by_placement.get(site.placement, ()), one)
@@ -137,8 +164,16 @@ class Device:
             held = [self._held(site, float(seconds), read) for site in self._sites]
         return {s.name: h.weight.flatten(1) for s, h in zip(self._sites, held, strict=True)}
 
-    def _held(self, site: _Site, seconds: float, read: int) -> Held:
+    def _held(
+        self,
+        site: _Site,
+        seconds: float,
+        read: int,
+        by_product: bool = False,
+        output_noise: bool = False,
+    ) -> Held:
         weight = torch.empty_like(site.target)
+        variance = torch.empty_like(site.target) if by_product else None
         compensation = site.compensation
         gain = None
         if compensation is not None:
@@ -146,11 +181,23 @@ class Device:
         for number, column, rows, inputs in site.tiles():
             target = site.target[rows, inputs]
             key = f"{self.seed}/{site.name}/{number}"
-            programmed, now = _read_tile(site.model, target, key, seconds, read)
+            programmed, now, of_now = _read_tile(site.model, target, key, seconds, read, by_product)
             weight[rows, inputs] = now
+            if variance is not None:
+                variance[rows, inputs] = of_now
             if compensation is not None and gain is not None:
                 gain[column, rows] = compensation.factor(target, programmed, now)
-        return Held(weight.view(site.shape), site.peaks, gain)
+        deviation = site.deviation if output_noise else None
+        return Held(
+            weight.view(site.shape),
+            site.peaks,
+            gain,
+            None if variance is None else variance.view(site.shape),
+            deviation,
+            None
+            if variance is None and deviation is None
+            else _calls(f"{self.seed}/{site.name}/product/{seconds!r}/{read}", weight.device),
+        )
 
     def conductances(
         self, seconds: float | None = None, read: int = 0
@@ -207,6 +254,8 @@ class Device:
             tensors[f"{site.name}:target"] = site.target.contiguous()
             if site.peaks is not None:
                 tensors[f"{site.name}:peaks"] = site.peaks.contiguous()
+            if site.deviation is not None:
+                tensors[f"{site.name}:output_noise"] = site.deviation.contiguous()
         record = {"schema": SCHEMA, "seed": self.seed, "tensors": {}, "sites": sites}
         files.commit(folder, CHIP_FILE, "chip", record, tensors)
 
@@ -242,7 +291,7 @@ def program(
         else read_record(BaseDriftCompensation, compensation, "compensation")
     )
     sites = []
-    for name, module, site, spec, is_conv in _products(analog):
+    for name, module, site, lowered in _products(analog):
         config = module._analog.config
         of_site = config.noise_model if model is None else model
         if of_site is None:
@@ -252,18 +301,25 @@ def program(
         if weight.is_meta:
             raise CaptureError(f"{name} has no weights: it is on the meta device")
         clip = getattr(module, site.state.clip, None)
-        target, peaks = kernel.asked_for(weight, None if clip is None else whole(clip), spec)
+        clip = None if clip is None else whole(clip)
+        target, peaks = kernel.asked_for(weight, clip, lowered.spec)
+        deviation = None
+        if module._analog.resolved.out_noise:
+            deviation = kernel.output_deviation(
+                weight, clip, _lowered(name, module, site, True).spec
+            )
         sites.append(
             _Site(
                 name,
                 module._analog.number,
                 site.in_sizes,
                 site.out_sizes,
-                tuple(weight.shape) if is_conv else tuple(target.shape),
+                tuple(weight.shape if lowered.op == "conv" else target.shape),
                 of_site,
                 config.drift_compensation if chosen is None else chosen,
                 target,
                 peaks,
+                deviation,
             )
         )
     logger.info("program: %d products, chip %d", len(sites), seed)
@@ -284,7 +340,7 @@ def load_device(analog: nn.Module, directory: str | os.PathLike[str]) -> Device:
     record, tensors = _read_folder(folder)
     saved = {site["name"]: site for site in record["sites"]}
     sites = []
-    for name, module, site, _, is_conv in _products(unwrapped(analog)):
+    for name, module, site, lowered in _products(unwrapped(analog)):
         shape = tuple(site.weight(module).shape)
         matrix = (shape[0], math.prod(shape[1:]))
         found = saved.pop(name, None)
@@ -295,7 +351,7 @@ def load_device(analog: nn.Module, directory: str | os.PathLike[str]) -> Device:
             raise CheckpointError(f"{folder} is the chip of another model: {name} does not fit")
         assert found is not None and target is not None
         device = site.weight(module).device
-        peaks = tensors.get(f"{name}:peaks")
+        limits = (tensors.get(f"{name}:{part}") for part in ("peaks", "output_noise"))
         factor = found["compensation"]
         sites.append(
             _Site(
@@ -303,11 +359,11 @@ def load_device(analog: nn.Module, directory: str | os.PathLike[str]) -> Device:
                 module._analog.number,
                 site.in_sizes,
                 site.out_sizes,
-                shape if is_conv else matrix,
+                shape if lowered.op == "conv" else matrix,
                 read_record(NoiseModel, found["noise_model"], "noise_model"),
                 factor and read_record(BaseDriftCompensation, factor, "compensation"),
                 target.to(device),
-                None if peaks is None else peaks.to(device),
+                *(None if part is None else part.to(device) for part in limits),
             )
         )
     if saved:
@@ -344,24 +400,44 @@ bit; and small enough for a cache.
 """
 
 
+def _calls(text: str, device: torch.device) -> Tensor:
+    """What counts the products of a site in one reading, from a seed on."""
+    with torch.inference_mode(False):  # or no product outside of that mode could count
+        return torch.tensor(key(text), device=device)
+
+
 def _read_tile(
-    model: NoiseModel, target: Tensor, tile: str, seconds: float, read: int
-) -> tuple[Tensor, Tensor]:
-    """The weights of one tile after programming, and as a reading finds them."""
+    model: NoiseModel, target: Tensor, tile: str, seconds: float, read: int, by_product: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of one tile after programming, as a reading finds them, and their variance.
+
+    Args:
+        by_product: leave read noise to the products; else the variance has no elements.
+    """
     goal, scale = model.g_converter.to_conductances(target)
-    programmed, now = _programmed_and_now(model, goal, tile, seconds, read)
-    first, last = (
-        model.g_converter.to_weights(g.view(goal.shape), scale) for g in (programmed, now)
-    )
-    return first, last
+    *found, spread = _programmed_and_now(model, goal, tile, seconds, read, by_product)
+    first, last = (model.g_converter.to_weights(g.view(goal.shape), scale) for g in found)
+    if not by_product:
+        return first, last, spread
+    return first, last, model.g_converter.variance(spread.view(goal.shape), scale)
 
 
 def _programmed_and_now(
-    model: NoiseModel, goal: Tensor, tile: str, seconds: float, read: int
-) -> tuple[Tensor, Tensor]:
-    """The conductances of one tile after programming, and as a reading finds them: (n, O * I)."""
+    model: NoiseModel,
+    goal: Tensor,
+    tile: str,
+    seconds: float,
+    read: int,
+    by_product: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The conductances of one tile after programming, and as a reading finds them: (n, O * I).
+
+    The third is the standard deviation of the read noise that products draw, without elements
+    where the reading has it.
+    """
     flat = goal.flatten(1)
     programmed, now = torch.empty_like(flat), torch.empty_like(flat)
+    spread = torch.zeros_like(flat) if by_product else flat.new_empty(0)
     size = max(_BLOCK // max(len(flat), 1), 1)
     for number, start in enumerate(range(0, flat.shape[1], size)):
         block = (slice(None), slice(start, start + size))
@@ -369,8 +445,13 @@ def _programmed_and_now(
         programmed[block] = begun = model.programmed(one, _Draws(key, "program"))
         exponents = model.drift(one, _Draws(key, "drift"))
         draws = _Draws(key, f"read/{seconds!r}/{read}")
-        now[block] = model.at(begun, exponents, seconds, draws)
-    return programmed, now
+        if by_product:
+            now[block], of_block = model.reading(begun, exponents, seconds, draws)
+            if of_block is not None:
+                spread[block] = of_block
+        else:
+            now[block] = model.at(begun, exponents, seconds, draws)
+    return programmed, now, spread
 
 
 def key_of(path: str, site: AnalogSite) -> str:
@@ -378,22 +459,29 @@ def key_of(path: str, site: AnalogSite) -> str:
     return ".".join(filter(None, (path, site.state.prefix + site.name)))
 
 
-def _products(
-    analog: nn.Module,
-) -> Iterator[tuple[str, AnalogModule, AnalogSite, MVMSpec, bool]]:
+def _products(analog: nn.Module) -> Iterator[tuple[str, AnalogModule, AnalogSite, Lowered]]:
     """Every site of a model: its name, module, and the fused op that it is in evaluation.
 
     Raises:
         CaptureError: a site has none.
     """
     for path, module, site in required_sites(analog):
-        number = module._analog.sites.index(site)
         name = key_of(path, site)
-        program = next(p for (training, _), p in module._analog.programs.items() if not training)
-        lowered = program.lowered[number]
-        if lowered is None:
-            raise CaptureError(f"{name}: its chain of ops is not one that lower knows")
-        yield name, module, site, lowered.spec, lowered.op == "conv"
+        yield name, module, site, _lowered(name, module, site, training=False)
+
+
+def _lowered(name: str, module: AnalogModule, site: AnalogSite, training: bool) -> Lowered:
+    """The fused op that a site is in a mode.
+
+    Raises:
+        CaptureError: it is none.
+    """
+    placement = module._analog
+    program = next(p for (mode, _), p in placement.programs.items() if mode == training)
+    lowered = program.lowered[placement.sites.index(site)]
+    if lowered is None:
+        raise CaptureError(f"{name}: its chain of ops is not one that lower knows")
+    return lowered
 
 
 def _slices(sizes: tuple[int, ...]) -> list[slice]:

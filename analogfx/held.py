@@ -24,6 +24,12 @@ class Held(NamedTuple):
     """(k, O) what scales the ADC's bounds, of the exact weights; None without a bound."""
     gain: Tensor | None
     """(k, O) factors behind the ADC; None without compensation."""
+    variance: Tensor | None = None
+    """Of the weights in every product, shaped as they are; None where a reading has the noise."""
+    deviation: Tensor | None = None
+    """(k, O) standard deviation of output noise over the range; None without output noise."""
+    calls: Tensor | None = None
+    """int64 (): a seed that every product takes and raises by 1; None where no product draws."""
 
 
 Holdings = Mapping[int, tuple[Held, ...]]
@@ -44,17 +50,12 @@ class Numbered(Protocol):
 
 def of(placement: Numbered) -> tuple[Held, ...] | None:
     """What the sites of one module hold; None outside of every device of its model."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # The number is not read where nothing is held: a compiler's graph that depends on it
         # serves one module alone, and not all that look alike.
         return _last.get(placement.number) if _last else None
     current: Holdings = getattr(_thread, "current", _nothing)
     return current.get(placement.number) if current else None
-
-
-def any_held() -> bool:
-    """Whether the thread is inside a device."""
-    return bool(getattr(_thread, "current", _nothing))
 
 
 @contextmanager

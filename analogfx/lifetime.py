@@ -150,6 +150,8 @@ def evaluate(
     chips: int = 25,
     seed: int = 0,
     progress: bool = True,
+    read_noise: str = "readout",
+    output_noise: bool = False,
 ) -> Lifetime:
     """Measure a model on many chips, at several times after programming.
 
@@ -161,10 +163,12 @@ def evaluate(
         times: seconds after programming.
         chips: how many to program, each by a seed of its own that ``seed`` gives.
         progress: show a bar.
+        read_noise, output_noise: see :meth:`analogfx.Device.at`.
 
     Raises:
         ValueError: no times, no chips, or the model is in training mode.
-        ConfigError, TypeError: see :func:`analogfx.program`.
+        ConfigError, TypeError, ValueError: see :func:`analogfx.program` and
+            :meth:`analogfx.Device.at`.
     """
     times = tuple(float(t) for t in times)
     if not times or chips < 1:
@@ -179,7 +183,7 @@ def evaluate(
             own = key(seed, "chip", chip)
             device = program(analog, noise_model, compensation, own)
             for time in times:
-                with device.at(time):
+                with device.at(time, read_noise=read_noise, output_noise=output_noise):
                     rows.append(Row(chip, own, time, float(metric(analog))))
                 bar.update()
     return Lifetime(times, tuple(rows), exact)

@@ -11,6 +11,7 @@ from typing import Any
 
 from analogfx import chip
 from analogfx.checkpoint import load
+from analogfx.device import READ_NOISE
 from analogfx.errors import AnalogfxError
 from analogfx.lifetime import TIMES, evaluate, seconds
 
@@ -51,6 +52,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--times", type=_times, default=TIMES, metavar="T,T,...", help="such as 1,3600,1d,1y"
     )
+    parser.add_argument(
+        "--read-noise", choices=READ_NOISE, default=READ_NOISE[0], help="when it is drawn anew"
+    )
+    parser.add_argument(
+        "--output-noise", action="store_true", help="add the configs' output noise, too"
+    )
     parser.add_argument("--chips", type=int, default=25, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
@@ -78,6 +85,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.times,
         arguments.chips,
         arguments.seed,
+        read_noise=arguments.read_noise,
+        output_noise=arguments.output_noise,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     record, table, picture = (arguments.out / name for name in FILES)

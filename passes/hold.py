@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from analogfx import ops  # noqa: F401 (registers the dialect)
 from analogfx.kernels.spec import encode
+from analogfx.ops.held import next_seed
 from analogfx.passes.contract import Context, sweep
 from analogfx.passes.sites import FusedSite, fused_sites
 
@@ -39,7 +39,8 @@ def _rewrite(graph: Graph, site: FusedSite, holdings: Node) -> None:
     others: list[Any] = [*site.node.args[6:-1], encode(site.spec)]
     with graph.inserting_before(site.node):
         held = graph.call_function(operator.getitem, (holdings, number))
-        parts = [graph.call_function(operator.getitem, (held, part)) for part in range(3)]
+        parts = [graph.call_function(operator.getitem, (held, part)) for part in range(6)]
+        parts[-1] = graph.call_function(next_seed, (parts[-1],))
         op = getattr(_dialect, f"held_{site.op}").default
         y = graph.call_function(op, (x, parts[0], bias, input_range, *parts[1:], *others))
     y.meta |= site.y.meta

@@ -56,6 +56,16 @@ def test_a_lifetime_from_a_checkpoint(folder, capsys):
     }
 
 
+def test_noise_in_products(folder, capsys):
+    records = []
+    for extra in ([], ["--read-noise", "product"]):
+        assert main([*arguments(), *extra]) == 0
+        records.append(json.loads((folder / "results" / "life.json").read_text())["rows"])
+    assert records[0] != records[1]
+    assert main([*arguments(), "--output-noise"]) == 2
+    assert "forward.out_noise = 0.0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

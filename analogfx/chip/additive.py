@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter, SignedConductanceConverter
-from analogfx.chip.model import Draw, NoiseModel
+from analogfx.chip.model import Draw, NoiseModel, Reading
 from analogfx.chip.record import read
 
 
@@ -34,5 +34,6 @@ class AdditiveNoiseModel(NoiseModel):
         """Nothing: there is none."""
         return target.new_empty(0)
 
-    def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
-        return programmed
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:
+        """What was programmed: there is no read noise."""
+        return programmed, None

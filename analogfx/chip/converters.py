@@ -44,6 +44,27 @@ class ConductanceConverter(Record):
         """Weights (O, I) that conductances (n, O, I) stand for."""
         raise NotImplementedError
 
+    def variance(self, deviations: Tensor, scale: Tensor) -> Tensor:
+        """Variance of weights whose devices have independent deviations.
+
+        For weights that are linear in the conductances, up to a constant.
+
+        Args:
+            deviations: (n, O, I) standard deviations of the conductances, in microsiemens.
+            scale: what :meth:`to_conductances` returned.
+
+        Returns:
+            (O, I).
+        """
+        nothing = torch.zeros_like(deviations)
+        constant = self.to_weights(nothing, scale)
+        total = torch.zeros_like(constant)
+        for device, deviation in enumerate(deviations):
+            alone = nothing.clone()
+            alone[device] = deviation
+            total += self.to_weights(alone, scale).sub_(constant).square_()
+        return total
+
     def _check_span(self) -> None:
         self.check_numbers(g_max=0.0, g_min=0.0)
         if self.g_min >= self.g_max:

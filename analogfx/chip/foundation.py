@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter, SignedConductanceConverter
-from analogfx.chip.model import Draw, NoiseModel, polynomial
+from analogfx.chip.model import Draw, NoiseModel, Reading, polynomial
 from analogfx.chip.record import read
 
 _ONE = [2.5797410660159494, 0.22419685954327148, -0.00371581208142707, 2.939751381126213e-05]
@@ -46,5 +46,6 @@ class FoundationNoiseModel(NoiseModel):
         """Nothing: there is none."""
         return target.new_empty(0)
 
-    def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
-        return programmed
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:
+        """What was programmed: there is no read noise."""
+        return programmed, None

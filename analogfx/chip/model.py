@@ -11,6 +11,10 @@ from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter
 from analogfx.chip.record import Record
+from analogfx.errors import ConfigError, Conflict
+
+Reading = tuple[Tensor, Tensor | None]
+"""Conductances without read noise, and its standard deviation; None for no read noise."""
 
 
 class Draw(Protocol):
@@ -22,7 +26,10 @@ class Draw(Protocol):
 
 
 class NoiseModel(Record):
-    """Base of noise models. One of your own is a dataclass that defines the three methods.
+    """Base of noise models. One of your own is a dataclass that defines three methods.
+
+    Those are ``programmed``, ``drift``, and ``at`` or :meth:`reading`. With ``reading`` read noise
+    is known apart from the rest, so that it can be drawn in every product, too.
 
     Conductances are in microsiemens, (n, weights) for the n devices of each weight in a part of a
     tile: what becomes of a device depends on itself alone. Times are in seconds after
@@ -58,14 +65,33 @@ class NoiseModel(Record):
         raise NotImplementedError
 
     def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:
-        """Conductances as one reading finds them at a time.
+        """Conductances as one reading finds them at a time: those of :meth:`reading`, with noise.
 
         Args:
             programmed: what :meth:`programmed` returned.
             drift: what :meth:`drift` returned.
             time: seconds after programming, 0 or more.
         """
-        raise NotImplementedError
+        g, spread = self.reading(programmed, drift, time, draw)
+        if spread is None:
+            return g
+        return spread.mul_(draw(g)).add_(g).clamp_min_(0.0)
+
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:
+        """Conductances at a time without read noise, and the standard deviation of that noise.
+
+        Args:
+            programmed, drift, time: see :meth:`at`.
+
+        Returns:
+            Two tensors of the shape of ``programmed``, the second a new one; None for no read
+            noise.
+
+        Raises:
+            ConfigError: the model does not say what part of a reading is read noise.
+        """
+        valid = f"'readout': {type(self).__name__} does not define reading()"
+        raise ConfigError([Conflict("read_noise", "product", valid)])
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter, SinglePairConductanceConverter
-from analogfx.chip.model import Draw, NoiseModel, accumulated, drifted, log_law, polynomial
+from analogfx.chip.model import Draw, NoiseModel, Reading, accumulated, drifted, log_law, polynomial
 from analogfx.chip.record import read
 
 COEFFICIENTS = [0.26348, 1.9650, -1.1731]
@@ -66,11 +66,11 @@ class PCMLikeNoiseModel(NoiseModel):
         std = log_law(relative, -0.0125, -0.0059, 0.008, 0.045)
         return std.mul_(draw(target)).add_(mean).abs_().mul_(self.drift_scale)
 
-    def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:  # noqa: D102
         g = drifted(programmed, drift, time, self.t_0)
-        spread = self.read_spread(programmed.abs() / self.g_max)
-        spread.mul_(accumulated(time + self.t_0, self.t_read) * self.read_noise_scale)
-        return spread.mul_(draw(programmed)).mul_(g.abs()).add_(g).clamp_min_(0.0)
+        spread = self.read_spread(programmed / self.g_max)
+        strength = accumulated(time + self.t_0, self.t_read) * self.read_noise_scale
+        return g, spread.mul_(strength).mul_(g)
 
     def read_spread(self, relative: Tensor) -> Tensor:
         """Strength q of the read noise at g / g_max."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter, SingleDeviceConductanceConverter
-from analogfx.chip.model import Draw, NoiseModel, accumulated, polynomial
+from analogfx.chip.model import Draw, NoiseModel, Reading, accumulated, polynomial
 from analogfx.chip.record import number_keys, read
 
 _PROGRAMMING = {0.2: [0.00081107, 0.00106879], 2.0: [0.0112185391, 0.01129027418]}
@@ -76,16 +76,20 @@ class ReRamCMONoiseModel(NoiseModel):
     def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
         if time <= 0:
             return programmed
+        low, high = self.g_converter.g_min, self.g_converter.g_max
+        return super().at(programmed, drift, time, draw).clamp_(low, high)
+
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:  # noqa: D102
+        if time <= 0:
+            return programmed, None
         decay, reading = self.decay_dict or _DECAY, self.read_dict or _READ
         elapsed = math.log(max(time, 1.0))
         sigma = decay["std"][0] * elapsed + decay["std"][1]
         g = draw(programmed).mul_(sigma * self.drift_scale).add_(programmed)
         g.add_(decay["mean"][0] * elapsed * self.drift_scale)
-        low, high = self.g_converter.g_min, self.g_converter.g_max
         strength = reading["K"] * accumulated(max(time, 1.0), reading["t_read"])
         # The logarithm of a conductance that noise has taken below 0 is not a number.
-        spread = g.clamp_min(1e-3).log10_().abs_().mul_(strength * self.read_noise_scale)
-        return spread.mul_(draw(programmed)).add_(g).clamp_(low, high)
+        return g, g.clamp_min(1e-3).log10_().abs_().mul_(strength * self.read_noise_scale)
 
     def _programming(self) -> dict[float, list[float]]:
         return self.coeff_dict or _PROGRAMMING

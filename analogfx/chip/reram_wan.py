@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter
-from analogfx.chip.model import Draw, NoiseModel, polynomial
+from analogfx.chip.model import Draw, NoiseModel, Reading, polynomial
 from analogfx.chip.pcm import set_converter
 from analogfx.chip.record import number_keys
 
@@ -67,8 +67,9 @@ class ReRamWan2022NoiseModel(NoiseModel):
         """The target itself, around which later deviations are drawn."""
         return target
 
-    def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
-        return programmed if time <= 0 else self._deviated(drift, time, draw)
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:
+        """What relaxation has left; there is no separate read noise."""
+        return (programmed if time <= 0 else self._deviated(drift, time, draw)), None
 
     def _table(self) -> dict[float, list[float]]:
         return self.coeff_dic or _MEASURED

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter
-from analogfx.chip.model import Draw, NoiseModel, accumulated, drifted, polynomial
+from analogfx.chip.model import Draw, NoiseModel, Reading, accumulated, drifted, polynomial
 from analogfx.chip.pcm import set_converter
 
 
@@ -48,7 +48,7 @@ class StateIndependentNoiseModel(NoiseModel):
         exponent = draw(target) * self.drift_nu_std + self.drift_nu_mean
         return exponent.abs_().mul_(self.drift_scale)
 
-    def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:  # noqa: D102
         g = drifted(programmed, drift, time, self.t_0)
         strength = accumulated(time + self.t_0, self.t_read) * self.read_noise_scale
-        return (g + (g / self.g_max).abs_() * strength * draw(g)).clamp_min_(0.0)
+        return g, (g / self.g_max).mul_(strength)

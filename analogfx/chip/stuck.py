@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from analogfx.chip.model import Draw, NoiseModel
+from analogfx.chip.model import Draw, NoiseModel, Reading
 from analogfx.chip.pcm import PCMLikeNoiseModel
 from analogfx.chip.record import read
 
@@ -39,9 +39,18 @@ class StuckAtNoiseModel(NoiseModel):
     def at(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Tensor:  # noqa: D102
         return self._stuck(self.model.at(programmed, drift, time, draw), draw)
 
+    def reading(self, programmed: Tensor, drift: Tensor, time: float, draw: Draw) -> Reading:  # noqa: D102
+        g, spread = self.model.reading(programmed, drift, time, draw)
+        if spread is not None:
+            spread = self._with_faults(spread, draw, 0.0, 0.0)
+        return self._stuck(g, draw), spread
+
     def _stuck(self, g: Tensor, draw: Draw) -> Tensor:
-        """Conductances with those of faulty devices, the same ones whenever it is asked."""
-        fault = torch.special.ndtr(draw(g, "faults"))  # uniform in (0, 1)
-        low, high = self.g_converter.g_min, self.g_converter.g_max
-        g = g.masked_fill(fault < self.at_g_min, low)
-        return g.masked_fill_(fault > 1 - self.at_g_max, high)
+        """Conductances with those of faulty devices."""
+        return self._with_faults(g, draw, self.g_converter.g_min, self.g_converter.g_max)
+
+    def _with_faults(self, value: Tensor, draw: Draw, low: float, high: float) -> Tensor:
+        """What devices have, or what faulty ones do: the same ones whenever it is asked."""
+        fault = torch.special.ndtr(draw(value, "faults"))  # uniform in (0, 1)
+        value = value.masked_fill(fault < self.at_g_min, low)
+        return value.masked_fill_(fault > 1 - self.at_g_max, high)

@@ -13,8 +13,8 @@ from analogfx import shards
 from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import CaptureError
 from analogfx.kernels import changes
-from analogfx.modules.parallel import DISTRIBUTED
 from analogfx.modules.metadata import CONFIG, warn_of_another_config
+from analogfx.modules.parallel import DISTRIBUTED
 from analogfx.modules.placement import Placement
 from analogfx.modules.public import LayerAttributes
 from analogfx.modules.remember import clip_names, renew_notes, reset_state

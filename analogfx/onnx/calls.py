@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import analogfx.ops  # noqa: F401 (registers the fused ops)
+from analogfx import held
 from analogfx.errors import OnnxError
+from analogfx.held import Held
 from analogfx.kernels import experts
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, decode, encode
@@ -34,6 +36,8 @@ from analogfx.onnx.writer import DOMAIN, VERSION
 
 _EXPERTS = torch.ops.analogfx.analog_experts.default
 _FUSED = (torch.ops.analogfx.analog_linear.default, torch.ops.analogfx.analog_conv.default)
+_HELD_EXPERTS = torch.ops.analogfx.held_experts.default
+_HELD = (torch.ops.analogfx.held_linear.default, torch.ops.analogfx.held_conv.default)
 
 _library = torch.library.Library("analogfx_onnx", "DEF")
 _library.define(
@@ -72,6 +76,8 @@ class SiteCall:
     """Geometry of a convolution that makes no patches, else None."""
     expert: int | None = None
     """Which of a layer's experts it is; None for a product of one matrix."""
+    held: Held | None = None
+    """What a chip holds there: of all experts, if there are any; None outside of every chip."""
 
     def is_convolution(self) -> bool:
         """Whether the model convolves here, with or without patches."""
@@ -107,25 +113,28 @@ class _Numbering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is _EXPERTS:
-            return self._experts(*args), None, None
-        if func not in _FUSED:
-            return func(*args, **(kwargs or {}))
-        *operands, spec = args
-        number = self._number(operands[1])
-        self.seen.add(number)
         # The fused ops' other outputs are for the backward.
-        return self._site(func, number, *operands, spec), None, None
+        if func is _EXPERTS:
+            return self._experts(*args[:5], *args[-2:]), None, None
+        if func in _FUSED:
+            return self._site(func, self._number(args[1]), args, args[6:-1]), None, None
+        if func is _HELD_EXPERTS:
+            x, weight, *rest = args
+            matrices = weight.unflatten(0, (args[-2].shape[0], -1))
+            return self._experts(x, matrices, *rest[:2], None, *rest[-2:])
+        if func in _HELD:
+            return self._site(func, self._number(args[1]), args, args[9:-1])
+        return func(*args, **(kwargs or {}))
 
-    def _site(self, func: Any, number: int, x: Tensor, *rest: Any) -> Tensor:
-        """One call of a site, with the arguments of a fused op."""
+    def _site(self, func: Any, number: int, args: Sequence[Any], window: Sequence[str]) -> Tensor:
+        """One call of a site, with the arguments of its op."""
+        self.seen.add(number)
         y: Tensor
         if self.observe is None:
-            *operands, spec = rest
-            y = SITE(x, *operands[:3], number, "".join(operands[5:]), spec)
+            y = SITE(*args[:4], number, "".join(window), args[-1])
             return y
-        y = func(x, *rest)[0]
-        self.observe(number, x, y)
+        y = func(*args)[0]
+        self.observe(number, args[0], y)
         return y
 
     def _experts(
@@ -135,12 +144,11 @@ class _Numbering(TorchFunctionMode):
         bias: Tensor | None,
         input_range: Tensor | None,
         clip: Tensor | None,
-        seed: None,
         offsets: Tensor,
         spec: str,
     ) -> Tensor:
         """A site for every expert, each on all rows: how many are its own depends on the data."""
-        count = weight.shape[0]
+        count = offsets.shape[0]
         one = encode(experts.of_one(decode(MVMSpec, spec), count))
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
         clips = [None] * count if clip is None else clip.chunk(count, 1)
@@ -150,8 +158,8 @@ class _Numbering(TorchFunctionMode):
         for e in reversed(range(count)):
             of_expert = None if bias is None else bias[e]
             ranges = experts.range_of(input_range, e)
-            rest = weight[e], of_expert, ranges, clips[e], None, one
-            y = self._site(_FUSED[0], numbers[e], x, *rest)
+            call = x, weight[e], of_expert, ranges, clips[e], None, one
+            y = self._site(_FUSED[0], numbers[e], call, ())
             behind = torch.zeros_like(y) if out is None else out
             out = torch.where(rows < offsets[e], y, behind)
         assert out is not None
@@ -208,7 +216,11 @@ def _forward(
     kwargs: dict[str, Any],
 ) -> Any:
     placement = module._analog
-    weights = [site.weight(module) for site in placement.sites] if is_driven(module) else []
+    weights: list[Tensor] = []
+    holdings = held.of(placement)
+    if is_driven(module):
+        weights = [site.weight(module) for site in placement.sites]
+        weights = weights if holdings is None else [one.weight for one in holdings]
     with _Numbering(first, weights, observe) as numbering:
         out = type(placement).forward(placement, module, args, kwargs)
     if len(numbering.seen) != len(placement.sites):
@@ -263,12 +275,19 @@ def is_site(node: ir.Node) -> bool:
 def site_calls(analog: nn.Module, graph: ir.Graph) -> Iterator[SiteCall]:
     """The calls of a model's sites, in the order of a graph."""
     found = [
-        (path, module, part, expert)
+        (path, module, part, expert, holding(module, site))
         for path, module, site in sites(analog)
         for part, expert in parts(site)
     ]
     for node in filter(is_site, graph):
-        path, module, site, expert = found[node.attributes["number"].as_int()]
+        path, module, site, expert, on_chip = found[node.attributes["number"].as_int()]
         window, spec = (node.attributes[name].as_string() for name in ("window", "spec"))
         geometry = decode(Window, window) if window else None
-        yield SiteCall(node, path, module, site, decode(MVMSpec, spec), geometry, expert)
+        yield SiteCall(node, path, module, site, decode(MVMSpec, spec), geometry, expert, on_chip)
+
+
+def holding(module: AnalogModule, site: AnalogSite) -> Held | None:
+    """What the chip that the thread is inside of holds of a site; None where there is none."""
+    placement = module._analog
+    found = held.of(placement)
+    return None if found is None else found[placement.sites.index(site)]

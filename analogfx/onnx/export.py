@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import analogfx
 from analogfx.errors import OnnxError
-from analogfx.held import any_held
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.sites import sites
@@ -29,7 +28,7 @@ from analogfx.onnx import golden as golden_vectors
 from analogfx.onnx import noise as draws
 from analogfx.onnx import verify as verification
 from analogfx.onnx.cache import name_inputs, with_cache
-from analogfx.onnx.calls import SiteCall
+from analogfx.onnx.calls import SiteCall, holding
 from analogfx.onnx.capture import Captured, line
 from analogfx.onnx.levels import LEVELS
 from analogfx.onnx.operators import AnalogConv, AnalogLinear, Seeds
@@ -68,11 +67,7 @@ def export(
     _check_request(analog, kwargs, level, opset, seed, golden)
     if golden and noise:
         raise OnnxError("golden vectors are of a file without noise: leave out noise or golden")
-    if any_held():
-        raise OnnxError(
-            f"{type(analog).__name__} is on a chip here: a file holds the exact weights, so call "
-            "export_onnx() outside of device.at()"
-        )
+    _check_chip(analog, noise, golden)
     target = storage.place(path)
     if noise:
         draws.check_opset(opset)
@@ -155,6 +150,27 @@ def _check_request(
     for name, tensor in (*analog.named_parameters(), *analog.named_buffers()):
         if tensor.is_meta:
             raise OnnxError(f"{name} is on the meta device, it has no values to export")
+
+
+def _check_chip(analog: nn.Module, noise: bool, golden: int) -> None:
+    """Refuse what a file with the weights of a chip cannot have: noise that products draw."""
+    on_chip = [h for _, module, site in sites(analog) if (h := holding(module, site)) is not None]
+    if any(h.calls is not None for h in on_chip):
+        raise OnnxError(
+            f"{type(analog).__name__} is on a chip whose products draw noise, which a file cannot: "
+            'call export_onnx() inside of device.at() with read_noise="readout" and without '
+            "output_noise"
+        )
+    if on_chip and noise:
+        raise OnnxError(
+            "noise=True inside of device.at(): the weights of the file have a chip's noise. Leave "
+            "the chip, or leave out noise"
+        )
+    if on_chip and golden:
+        raise OnnxError(
+            "golden vectors inside of device.at(): a chip holds no codes to note. Leave the chip, or "
+            "leave out golden"
+        )
 
 
 def _check_call(analog: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -284,6 +300,8 @@ def _inputs(graph: ir.Graph, site: Programmed, parameters: Collection[str]) -> d
         values["weight_max"] = _tensor(graph, f"{site.name}.weight_max", site.maxima)
     if site.code_scale is not None:
         values["code_scale"] = _tensor(graph, f"{site.name}.code_scale", site.code_scale)
+    if site.gain is not None:
+        values["gain"] = _tensor(graph, f"{site.name}.gain", site.gain)
     return values
 
 
@@ -332,16 +350,20 @@ def _tile_grid(spec: MVMSpec) -> str:
 def _operator(
     call: SiteCall, written: _Written, data: ir.DataType, level: str
 ) -> AnalogLinear | AnalogConv:
-    site, seeds = written.site, written.seeds
+    site, seeds, gain = written.site, written.seeds, written.site.gain is not None
     operator: AnalogLinear | AnalogConv
     if call.window is None:
-        operator = AnalogLinear(site.spec, data, site.codes, seeds=seeds)
+        operator = AnalogLinear(site.spec, data, site.codes, seeds=seeds, compensated=gain)
     else:
         window = Window(*map(tuple, call.window))  # type: ignore[arg-type]
-        operator = AnalogConv(site.spec, data, site.codes, seeds=seeds, window=window)
+        operator = AnalogConv(
+            site.spec, data, site.codes, seeds=seeds, compensated=gain, window=window
+        )
     if level != "qdq":
         return operator
     written.why_floats = operator.why_floats()
+    if written.why_floats and call.held is not None:
+        written.why_floats = "a chip holds no codes"
     return replace(operator, integer=written.why_floats is None)
 
 

@@ -109,8 +109,8 @@ def _linear(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Te
         slack = size * (0 if exact else _units(w_t.shape[-1], w_t.dtype))
         if spread is not None:
             slack = slack + torch.einsum("...gi,goi->...go", spread, w_t.abs())
-        low = low + _digitized(site, y - slack, r, tile)
-        high = high + _digitized(site, y + slack, r, tile)
+        ends = _outputs(site, y - slack, y + slack, r, tile)
+        low, high = low + ends[0], high + ends[1]
     return low.flatten(-2), high.flatten(-2)
 
 
@@ -129,7 +129,7 @@ def _convolution(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tenso
     slack = size * (0 if exact else _units(held.shape[1], held.dtype))
     if spread is not None:
         slack = slack + convolve(spread, kernel.abs(), window, groups)
-    return _digitized(site, y - slack, r, 0), _digitized(site, y + slack, r, 0)
+    return _outputs(site, y - slack, y + slack, r, 0)
 
 
 def _units(depth: int, dtype: torch.dtype) -> float:
@@ -176,3 +176,16 @@ def _digitized(site: Programmed, y: Tensor, r: Tensor | None, tile: int) -> Tens
         codes = ref.adc_codes_(y.to(scale.dtype), scale)
         return ref.clamp_to(codes * ref.adc_step(bound, spec.out_res), bound)
     return ref.clamp_to(ref.adc_(y, bound, spec.out_res), bound)
+
+
+def _outputs(
+    site: Programmed, low: Tensor, high: Tensor, r: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The ends of a tile's product behind its ADC, times what makes up for drift."""
+    low, high = (_digitized(site, y, r, tile) for y in (low, high))
+    if site.gain is None:
+        return low, high
+    by_group = () if site.call.window is not None else (site.spec.groups,)
+    factor = site.gain[tile].cpu().reshape(*by_group, -1, *[1] * _places(site))
+    ends = low * factor, high * factor
+    return torch.minimum(*ends), torch.maximum(*ends)

@@ -163,6 +163,9 @@ class Seeds:
     output: float
 
 
+_INPUTS = ("x", "weight", "weight_scale", "bias", "input_range", "weight_max", "code_scale")
+
+
 @dataclass(frozen=True)
 class _Site:
     """What AnalogLinear and AnalogConv share."""
@@ -176,8 +179,13 @@ class _Site:
     integer: bool = False
     """Whether to multiply codes by codes (level "qdq")."""
     seeds: Seeds | None = None
+    compensated: bool = False
+    """Whether factors behind the ADC come along."""
 
-    inputs = ("x", "weight", "weight_scale", "bias", "input_range", "weight_max", "code_scale")
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return _INPUTS + ("gain",) * self.compensated
 
     @property
     def depth(self) -> int:
@@ -293,6 +301,22 @@ class _Site:
             return w.call(adc, y, r, a)
         return w.call(adc, y, r, a, w.op("Reshape", rho, w.ints(*trailing)) if trailing else rho)
 
+    def compensate(
+        self,
+        w: Writer,
+        y: ir.Value,
+        gains: Sequence[ir.Value | None],
+        tile: int,
+        trailing: Sequence[int],
+    ) -> ir.Value:
+        """A tile's outputs times its factors, where there are any."""
+        for gain in gains:
+            assert gain is not None
+            factor = self.row(w, gain, tile)
+            factor = w.op("Reshape", factor, w.ints(*trailing)) if trailing else factor
+            y = w.op("Mul", y, factor)
+        return y
+
     def converted(self, w: Writer, x: ir.Value, r: ir.Value | None) -> ir.Value:
         """One tile's input behind the DAC."""
         s = self.spec
@@ -376,7 +400,7 @@ class AnalogLinear(_Site):
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Tile by tile, then the digital sum and the bias."""
-        x, weight, weight_scale, bias, input_range, weight_max, code_scale = inputs
+        x, weight, weight_scale, bias, input_range, weight_max, code_scale, *gains = inputs
         assert x is not None and weight is not None
         rows = self._grouped(w, self.wide(w, x))
         sizes = self.spec.in_sizes
@@ -407,8 +431,10 @@ class AnalogLinear(_Site):
             products.append(self.exact_sum(w, [self._product(w, *pair) for pair in pairs]))
         draws = self._output_draws(w, products)
         total = None
-        for y, draw, r, peak, rho in zip(products, draws, ranges, peaks, rhos, strict=True):
+        rows_of_tiles = zip(products, draws, ranges, peaks, rhos, strict=True)
+        for tile, (y, draw, r, peak, rho) in enumerate(rows_of_tiles):
             y = self.output(w, y, draw, r, peak, rho, self._by_group())
+            y = self.compensate(w, y, gains, tile, self._by_group())
             total = y if total is None else w.op("Add", total, y)
         assert total is not None
         y = self._flat(w, total, x)
@@ -516,7 +542,7 @@ class AnalogConv(_Site):
 
     def body(self, w: Writer, *inputs: ir.Value | None) -> ir.Value:
         """Element by element around one convolution."""
-        x, weight, weight_scale, bias, input_range, weight_max, code_scale = inputs
+        x, weight, weight_scale, bias, input_range, weight_max, code_scale, *gains = inputs
         assert x is not None and weight is not None
         rho = None if code_scale is None else self.row(w, code_scale, 0)
         r = None if input_range is None else self.row(w, input_range, 0)
@@ -531,6 +557,7 @@ class AnalogConv(_Site):
             y = self._convolved(w, self.converted(w, x, r), kernel)
             draw = self.draw(w, y, self.seeds.output if self.seeds else 0.0, self.spec.out_noise)
             y = self.output(w, y, draw, r, peak, rho, image)
+        y = self.compensate(w, y, gains, 0, image)
         if bias is not None:
             y = w.op("Add", y, w.op("Reshape", self.wide(w, bias), w.ints(*image)))
         return self.narrow(w, y)

@@ -428,6 +428,7 @@ def _check_tensors(site: OnnxSite) -> None:
         "input_range": ((rows,), real),
         "weight_max": ((rows, outputs), real),
         "code_scale": ((rows, outputs), real),
+        "gain": ((rows, outputs), real),
     }
     for name, tensor in site.tensors.items():
         shape, types = expected[name]

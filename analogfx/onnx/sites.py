@@ -64,6 +64,12 @@ class Programmed:
         return _codes(self.held(), self.peaks, self.spec)
 
     @property
+    def gain(self) -> Tensor | None:
+        """(k, O) factors behind the ADC that make up for drift; None for none."""
+        held = self.call.held
+        return None if held is None or held.gain is None else _of_expert(held.gain, self.call, 1)
+
+    @property
     def maxima(self) -> Tensor | None:
         """The peaks, where converters or noise read them."""
         return self.peaks if _reads_peaks(self.spec) else None
@@ -78,6 +84,12 @@ class Programmed:
         if learned is None:
             return None
         return (learned if learned.dim() == 1 else learned[self.call.expert]).detach().abs()
+
+
+def _of_expert(t: Tensor, call: SiteCall, axis: int) -> Tensor:
+    """The outputs of a call's expert among those of all; all of them without experts."""
+    outputs = sum(call.spec.out_sizes)
+    return t.narrow(axis, (call.expert or 0) * outputs, outputs)
 
 
 def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
@@ -106,11 +118,7 @@ def weight_of(call: SiteCall) -> Tensor:
 
 def _clip_of(call: SiteCall) -> Tensor | None:
     clip = getattr(call.module, call.site.state.clip, None)
-    if clip is None:
-        return None
-    outputs = sum(call.spec.out_sizes)
-    first = (call.expert or 0) * outputs
-    return clip.detach()[:, first : first + outputs]
+    return None if clip is None else _of_expert(clip.detach(), call, 1)
 
 
 def _spec(call: SiteCall, noise: bool) -> MVMSpec:
@@ -125,6 +133,7 @@ def _spec(call: SiteCall, noise: bool) -> MVMSpec:
         out_sizes=tuple(spec.out_sizes),  # type: ignore[arg-type]
         decay=0.0,
         input_min_percentage=0.0,
+        weight_states=0.0 if call.held else spec.weight_states,  # a chip holds no codes
         noise_std=config.noise_std if noise else 0.0,
         noise_per_channel=config.noise_per_channel,
         out_noise=config.out_noise / math.sqrt(len(spec.in_sizes)) if noise else 0.0,
@@ -155,6 +164,9 @@ def _tiles(call: SiteCall, spec: MVMSpec) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def _peaks(call: SiteCall, spec: MVMSpec) -> Tensor:
     """Largest weight, or learned clip, of every row of every tile, (k, O)."""
+    if call.held is not None:
+        assert call.held.peaks is not None
+        return _of_expert(call.held.peaks, call, 1)
     clip = _clip_of(call)
     if clip is not None:
         return ref.wide(clip).abs()
@@ -177,6 +189,8 @@ def _scale(peaks: Tensor, spec: MVMSpec) -> Tensor:
 @torch.no_grad()
 def _held(call: SiteCall, spec: MVMSpec, peaks: Tensor | None) -> Tensor:
     """The weights as the tiles hold them, (O, I), in the precision of the computation."""
+    if call.held is not None:
+        return _of_expert(call.held.weight.flatten(1), call, 0)
     clip, states, tiles = _clip_of(call), spec.weight_states, _tiles(call, spec)
     if clip is not None:
         held = [_dialect.clip_weight(*pair, states) for pair in zip(tiles, clip, strict=True)]
@@ -215,7 +229,7 @@ def _weight(
         array = whole.reshape(raw.shape).cpu().numpy()
         return ir.Tensor(array.astype(codes.numpy()), dtype=codes)
 
-    modified = bool(spec.weight_states) or _clip_of(call) is not None
+    modified = bool(spec.weight_states) or call.held is not None or _clip_of(call) is not None
     if codes is not None:
         dtype = codes
     elif modified:

@@ -31,6 +31,7 @@ from analogfx.onnx.drive import Driven, driven, run_apart
 from analogfx.onnx.interval import interval
 from analogfx.onnx.runtimes import Run, host, load
 from analogfx.onnx.sites import Programmed
+from analogfx.ops import held
 
 ERROR = {
     # Not 1e-14: between sites, a double model's file is of float32 precision. ONNX's attributes are
@@ -80,6 +81,9 @@ class _Inexact(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in held.IMPLEMENTATIONS:  # step by step, as the explicit level shows other sites
+            with self:
+                return held.IMPLEMENTATIONS[func](*args)
         out = func(*args, **(kwargs or {}))
         first, *rest = out if isinstance(out, tuple) else (out,)
         is_sum = func in _SUMS or torch.Tag.reduction in func.tags

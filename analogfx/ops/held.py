@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from analogfx.kernels import conv, held
@@ -13,6 +15,7 @@ from analogfx.ops.define import define
 
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? input_range, Tensor? peaks, Tensor? gain, "
+    "Tensor? variance, Tensor? deviation, Tensor? seed, "
 )
 
 
@@ -21,9 +24,19 @@ def _linear(*args: Any) -> Tensor:
     return held.linear(*(*tensors, decode(MVMSpec, text)))
 
 
+def _experts(*args: Any) -> Tensor:
+    *tensors, text = args
+    return held.experts(*(*tensors, decode(MVMSpec, text)))
+
+
 def _conv(*args: Any) -> Tensor:
     *tensors, window, text = args
     return held.conv(*(*tensors, decode(Window, window), decode(MVMSpec, text)))
+
+
+def next_seed(calls: Tensor | None) -> Tensor | None:
+    """The seed of one more product, which raises the count of all; None where none draws."""
+    return None if calls is None else calls.add_(1)
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> None:
@@ -40,18 +53,12 @@ define(
     _no_gradient,
 )
 
-
-def _experts(*args: Any) -> Tensor:
-    *tensors, text = args
-    return held.experts(*(*tensors, decode(MVMSpec, text)))
-
-
 define(
     "held_experts",
     _INPUTS + "Tensor offsets, str spec",
     "Tensor",
     _experts,
-    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0] // rest[4].shape[0])),
+    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0] // rest[-2].shape[0])),
     lambda ctx, inputs, output: None,
     _no_gradient,
 )
@@ -71,3 +78,10 @@ define(
     lambda ctx, inputs, output: None,
     _no_gradient,
 )
+
+IMPLEMENTATIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.analogfx.held_linear.default: _linear,
+    torch.ops.analogfx.held_experts.default: _experts,
+    torch.ops.analogfx.held_conv.default: _conv,
+}
+"""What computes each op, for whoever watches the steps of a product."""

@@ -710,11 +710,3 @@ def test_a_chain_that_is_not_fused_is_named(tmp_path):
     analog = cases.analog(cases.mlp, cases.CONFIGS["afm"], x)
     with explicit_level(), pytest.raises(OnnxError, match=r"0: 0 of its 1 analog products are fus"):
         export_onnx(analog, (x,), tmp_path / "m")
-
-
-def test_a_model_on_a_chip_is_not_exported(tmp_path):
-    analog = analogfx.analogize(nn.Linear(4, 3), analogfx.TorchInferenceRPUConfig()).eval()
-    chip = analogfx.program(analog, analogfx.chip.PCMLikeNoiseModel())
-    with chip.at(60.0), pytest.raises(OnnxError, match=r"Linear is on a chip here: .* outside"):
-        export_onnx(analog, (torch.randn(1, 4),), tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())

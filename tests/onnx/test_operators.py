@@ -102,8 +102,10 @@ PAGES = {
     "dac": DAC(4.0, True, FLOAT),
     "adc": ADC(10.0, 4.0, True, FLOAT),
     "dynamic_range": DynamicRange(),
-    "analog_linear": AnalogLinear(SPEC, FLOAT, False, seeds=Seeds(0.0, 1.0)),
-    "analog_conv": AnalogConv(SPEC, FLOAT, False, window=Window((1,), (1,), (0,), (1,))),
+    "analog_linear": AnalogLinear(SPEC, FLOAT, False, seeds=Seeds(0.0, 1.0), compensated=True),
+    "analog_conv": AnalogConv(
+        SPEC, FLOAT, False, compensated=True, window=Window((1,), (1,), (0,), (1,))
+    ),
 }
 
 
