@@ -114,7 +114,7 @@ def run(out: Path, settings: Settings) -> dict[str, Any]:
     fit(aware, optimizer, train, settings, "hardware-aware training")
     export_onnx(aware, (test.images[:2],), out / ONNX)
 
-    models = {"mapped": mapped, "hardware_aware": aware}
+    models: dict[str, nn.Module] = {"mapped": mapped, "hardware_aware": aware}
     summary = {
         "digital": accuracy(digital, test),
         "deployed": {"eager": accuracy(aware, test), "onnx": onnx_accuracy(out / ONNX, test)},
