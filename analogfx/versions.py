@@ -27,6 +27,9 @@ class Difference(NamedTuple):
 UNBOXED = Difference(
     "torch", (2, 12), "what Inductor makes of an op outside of it has no wrap_for_lowering"
 )
+CHECKPOINTS = Difference(
+    "torch", (2, 12), "AOT autograd fails where a checkpointed block holds ops that draw or count"
+)
 ONE_WRITER = Difference(
     "onnx-ir", (1, 1), "save writes weights in one thread and takes no options for more"
 )

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import analogfx
+from analogfx import versions
 from analogfx.modules.program import explicit_level
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
@@ -195,6 +196,9 @@ CHECKPOINTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.xfail(
+    versions.there(versions.CHECKPOINTS), reason=versions.CHECKPOINTS.reason, strict=True
+)
 @pytest.mark.parametrize(("backend", "config"), CHECKPOINTED)
 def test_a_compiled_checkpoint_is_the_plain_model(backend, config):
     # Of one without a checkpoint: an eager one computes again with ranges that later calls set.

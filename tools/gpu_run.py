@@ -272,7 +272,8 @@ def _now() -> str:
 
 def report(run: Run) -> str:
     """What has been found so far: steps, goals, and where the time of a step goes."""
-    lines = ["# A run on a GPU", "", "| step | status | s |", "| --- | --- | --- |"]
+    title = "# A rehearsal: its figures mean nothing" if run.rehearse else "# A run on a GPU"
+    lines = [title, "", "| step | status | s |", "| --- | --- | --- |"]
     last = {row["step"]: row for row in read(run.results)}
     for name, row in last.items():
         reason = f": {row['reason'].splitlines()[0]}" if row.get("reason") else ""

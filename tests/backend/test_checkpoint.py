@@ -12,6 +12,7 @@ from torch.utils.checkpoint import (
 )
 
 import analogfx
+from analogfx import versions
 
 
 class Blocks(nn.Module):
@@ -63,6 +64,9 @@ def saved_numbers(run, rows=64):
     return sum(t.numel() for t in node.saved_tensors if t.shape[:1] == (rows,))
 
 
+@pytest.mark.skipif(
+    versions.installed("torch") == (2, 11), reason="torch 2.11 does not show what a graph saved"
+)
 def test_the_backward_computes_it_again():
     config = DYNAMO_CONFIGS["DAC and ADC"]
     plain, checked = (

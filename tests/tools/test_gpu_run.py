@@ -53,7 +53,10 @@ def test_a_rehearsal_counts_launches_and_goes_on_where_it_stopped(tmp_path):
     assert second.returncode == 0, second.stdout + second.stderr
     tried = [row["step"] for row in gpu_run.read(tmp_path / "results.jsonl")]
     assert tried == ["launches", "ncu"]
-    assert "| launches | ok |" in tmp_path.joinpath("report.md").read_text()
+    text = tmp_path.joinpath("report.md").read_text()
+    assert (
+        text.startswith("# A rehearsal: its figures mean nothing") and "| launches | ok |" in text
+    )
 
 
 # --------------------------------------------------------------------------------------- steps
