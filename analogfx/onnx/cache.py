@@ -37,7 +37,7 @@ class _Cached(nn.Module):
         cache = DynamicCache()
         for number, layer in enumerate(past_key_values):
             cache.update(layer["key"], layer["value"], number)
-        out = super().forward(  # type: ignore[misc]
+        out = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,

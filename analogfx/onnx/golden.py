@@ -56,7 +56,10 @@ def vectors(
     Returns:
         Tensors by name, each with the calls as first axis.
     """
-    rows = [_call(analog, *_rolled((args, dict(kwargs)), n), sites, names) for n in range(count)]
+    rows = []
+    for number in range(count):
+        given, named = _rolled((args, dict(kwargs)), number)
+        rows.append(_call(analog, given, named, sites, names))
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
