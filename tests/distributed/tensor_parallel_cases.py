@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from distributed_models import (
 from processes import alone
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -33,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 
 import analogfx
 from analogfx.errors import PlacementError
+from analogfx.kernels import linear
 
 STEPS = 5
 CASES = {}
@@ -213,3 +216,27 @@ def refused(rank, folder):
         PlacementError, match=r"blocks[.]0[.]up: its weight is a DTensor, its input"
     ):
         linear(torch.zeros(2, 16, dtype=torch.float64))
+
+
+@case("an analog model sends as often as a digital one, and once a step for its clips")
+def sends(rank, folder):
+    counts, within, summed = [], [], linear.summed  # the mode does not see into ops
+
+    def counted(*args):
+        within.append(args)
+        return summed(*args)
+
+    for model in (net(), analogfx.analogize(net(), config(0))):
+        cut(model)
+        step = torch.optim.SGD(model.parameters(), lr=0.05)
+        if counts:
+            analogfx.prepare_training(step, model)
+        x, y = joint(0)
+        with CommDebugMode() as mode, mock.patch.object(linear, "summed", counted):
+            F.mse_loss(model(x.requires_grad_()), y).backward()  # or the mode's hooks warn
+            step.step()
+        counts.append(mode.get_total_counts() + len(within))
+    digital, analog = counts
+    # A block has two linear layers: a sum behind the one, and one before the other in the backward.
+    assert digital == 4, counts
+    assert analog == digital + 1, counts
