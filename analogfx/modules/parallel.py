@@ -217,7 +217,8 @@ class _Here:
                     own = _Once.apply(own, layout.mesh.get_local_rank() == 0)
             self.__dict__[name] = own
         with torch.no_grad():
-            self.__dict__ |= {name: shards.local(b) for name, b in module._buffers.items()}
+            buffers = module._buffers.items()
+            self.__dict__ |= {name: None if b is None else shards.local(b) for name, b in buffers}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)

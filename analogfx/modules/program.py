@@ -173,8 +173,8 @@ def _build(
     known = [(s.weight, s.state, f.spec) for s, f in zip(sites, lowered, strict=True) if f]
     # What passes of the caller's own, or a part for tensor parallelism, have put around a site is
     # in its graph alone.
-    alone = passes or share is not None or config is None
-    whole = None if alone else whole_of(module, known, config, training)
+    alone = passes or share is not None
+    whole = None if alone or config is None else whole_of(module, known, config, training)
     run, held = bound(module, graph, apart, whole), None
     if not training and sites and None not in lowered and share is None:
         pipeline.run((hold,), graph, context)

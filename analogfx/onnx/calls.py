@@ -119,9 +119,10 @@ class _Numbering(TorchFunctionMode):
         if func in _FUSED:
             return self._site(func, self._number(args[1]), args, args[6:-1]), None, None
         if func is _HELD_EXPERTS:
-            x, weight, *rest = args
-            matrices = weight.unflatten(0, (args[-2].shape[0], -1))
-            return self._experts(x, matrices, *rest[:2], None, *rest[-2:])
+            x, weight, bias, input_range = args[:4]
+            offsets, spec = args[-2:]
+            matrices = weight.unflatten(0, (offsets.shape[0], -1))
+            return self._experts(x, matrices, bias, input_range, None, offsets, spec)
         if func in _HELD:
             return self._site(func, self._number(args[1]), args, args[9:-1])
         return func(*args, **(kwargs or {}))

@@ -168,8 +168,8 @@ def _check_chip(analog: nn.Module, noise: bool, golden: int) -> None:
         )
     if on_chip and golden:
         raise OnnxError(
-            "golden vectors inside of device.at(): a chip holds no codes to note. Leave the chip, or "
-            "leave out golden"
+            "golden vectors inside of device.at(): a chip holds no codes to note. Leave the chip, "
+            "or leave out golden"
         )
 
 
