@@ -89,7 +89,7 @@ def tests(run: Run) -> list[Command]:
     if run.rehearse:
         print(f"  {len(ids)} tests")
         return []
-    count = max(1, min(8, (os.cpu_count() or 1) // 2))
+    count = max(1, min(14, (os.cpu_count() or 1) - 2))  # ptxas takes a core of each
     where = [str(ROOT / name) for name in ids]
     return [[*_pytest(), "-q", *where[first::count]] for first in range(count)]
 
