@@ -21,7 +21,8 @@ BESIDE_DOCS = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"} | {
 REFERENCE = {
     "models": (
         "Models",
-        "analogize to_digital report audit trace set_config save load digital_state_dict",
+        "analogize to_digital report audit trace set_config analog_layers named_analog_layers "
+        "AnalogModule save load digital_state_dict",
     ),
     "configs": (
         "Configs",
