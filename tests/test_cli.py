@@ -9,8 +9,18 @@ import analogfx
 from analogfx import cli, demo
 from analogfx.errors import AnalogfxError
 
+AGED = {"mean": 0.91, "std": 0.03, "low": 0.86, "high": 0.94}
 SUMMARY = {
     "digital": 0.98,
+    "lifetime": [
+        {
+            "seconds": 31536000.0,
+            "mapped": AGED,
+            "hardware_aware": AGED,
+            "mapped_compensated": AGED,
+            "hardware_aware_compensated": AGED | {"mean": 0.93, "std": 0.02},
+        }
+    ],
     "deployed": {"eager": 0.97, "onnx": 0.96},
     "noise": [
         {
@@ -87,6 +97,7 @@ def test_demo_tells_result_and_place(asked, tmp_path, capsys):
     cli.main(["demo", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "20%" in printed and "80.0 ±  5.0 %" in printed and "95.0 ±  1.0 %" in printed
+    assert "1 y" in printed and "91.0 ±  3.0 %" in printed and "93.0 ±  2.0 %" in printed
     assert str(tmp_path) in printed and "summary.json" in printed
     assert "as model.onnx in ONNX Runtime: 96.0% (in PyTorch: 97.0%)" in printed
 

@@ -154,7 +154,6 @@ class _Numbering(TorchFunctionMode):
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
         clips = [None] * count if clip is None else clip.chunk(count, 1)
         numbers = [next(self.counted) for _ in range(count)]
-        self.seen.add(numbers[0])
         out = None
         for e in reversed(range(count)):
             of_expert = None if bias is None else bias[e]
@@ -224,9 +223,10 @@ def _forward(
         weights = weights if holdings is None else [one.weight for one in holdings]
     with _Numbering(first, weights, observe) as numbering:
         out = type(placement).forward(placement, module, args, kwargs)
-    if len(numbering.seen) != len(placement.sites):
+    products = sum(len(parts(site)) for site in placement.sites)
+    if len(numbering.seen) != products:
         raise OnnxError(
-            f"{path or type(module).__name__}: {len(numbering.seen)} of its {len(placement.sites)} "
+            f"{path or type(module).__name__}: {len(numbering.seen)} of its {products} "
             "analog products are fused ops, and the others have no translation"
         )
     return out

@@ -166,14 +166,19 @@ def test_codes_stay_codes_after_quantize_weights(kind, clip, states, tmp_path):
     assert sizes[1] < 1.02 * sizes[0]
 
 
-def test_weights_beside_every_grid_stay_floats(tmp_path):
+@pytest.mark.parametrize(
+    ("weight", "weight_type"),
+    [(21 / 70, "int8"), (100 / 257, "float")],
+    ids=["of 70 steps", "beside every grid of 8 bits"],
+)
+def test_only_weights_beside_every_grid_stay_floats(weight, weight_type, tmp_path):
     config = cases.config(forward__inp_res=254, forward__out_res=254, forward__out_bound=10)
     x = torch.randn(6, 64)
     analog = cases.analog(lambda: nn.Linear(64, 8), config, x)
     with torch.no_grad():
         analog.weight.copy_(torch.randint(-7, 8, (8, 64)) / 7)
         analog.weight[:, 0] = 1
-        analog.weight[3, 5] = 0.3
+        analog.weight[3, 5] = weight  # beside sevenths
     export_onnx(analog, (x,), tmp_path / "m", verify=False)
     (site,) = load_onnx_sites(tmp_path / "m").sites
-    assert site.weight_type == "float"
+    assert site.weight_type == weight_type
