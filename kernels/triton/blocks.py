@@ -73,14 +73,14 @@ TABLE: dict[tuple[str, str], dict[torch.dtype, Blocks]] = {
         torch.int8: Blocks(16, 64, 64, 4, 3, 255),
     },
     # One accumulator: g W, rows by inputs, summed over outputs.
-    ("input", "many"): _half_and_float(Blocks(128, 64, 128, 8, 3), Blocks(64, 32, 64, 8, 3, 255)),
+    ("input", "many"): _half_and_float(Blocks(128, 64, 128, 8, 3), Blocks(64, 32, 64, 4, 3)),
     ("input, unaligned", "many"): _half_and_float(
-        Blocks(64, 64, 128, 8, 3), Blocks(64, 32, 64, 8, 3, 255)
+        Blocks(64, 64, 128, 8, 3), Blocks(32, 32, 64, 4, 3)
     ),
     # One accumulator: g^T x, outputs by inputs, summed over rows.
-    ("weight", "many"): _half_and_float(Blocks(64, 128, 128, 8, 3), Blocks(32, 64, 64, 8, 3, 255)),
+    ("weight", "many"): _half_and_float(Blocks(64, 128, 128, 8, 3), Blocks(64, 32, 64, 4, 3)),
     ("weight, unaligned", "many"): _half_and_float(
-        Blocks(64, 64, 128, 8, 3), Blocks(32, 64, 64, 4, 3)
+        Blocks(64, 64, 128, 8, 3), Blocks(64, 32, 64, 4, 3)
     ),
     # The same with a learned clip, whose gradient is taken from the block and the weights.
     ("clip", "many"): _half_and_float(Blocks(64, 64, 64, 8, 3, 255), Blocks(32, 64, 32, 8, 3, 255)),
