@@ -45,15 +45,22 @@ def normal(seed: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) 
     if seed.device.type != "cpu":
         return philox.normal(seed, stream, math.prod(shape)).to(dtype).reshape(shape)
     out = torch.empty(shape, dtype=dtype)
+    if out.numel() <= CHUNK:
+        return out.normal_(generator=_generator(int(seed), stream, 0))
     _fill(out.view(-1), int(seed), stream)
     return out
+
+
+def _generator(*key: int) -> torch.Generator:
+    """That of one chunk."""
+    return torch.Generator().manual_seed(_mix(*key))
 
 
 def _fill(out: Tensor, seed: int, stream: int) -> None:
     chunks = out.split(CHUNK)
 
     def fill(number: int) -> None:
-        generator = torch.Generator().manual_seed(_mix(seed, stream, number))
+        generator = _generator(seed, stream, number)
         # Modes are a thread's own, and leaving inference mode turns gradients on.
         with torch.inference_mode(out.is_inference()), torch.no_grad():
             chunks[number].normal_(generator=generator)

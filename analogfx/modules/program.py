@@ -18,6 +18,7 @@ from analogfx.errors import CaptureError, PassError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.modules.children import child_of
+from analogfx.modules.direct import called_directly
 from analogfx.modules.driven import ReadySite, bound, is_driven, made_ready, spread
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
@@ -155,18 +156,20 @@ def _build(
     for step in passes if context.sites else ():
         _run_own(step, graph, context, type(module).__name__, after)
     sites = tuple(_analog_site(site) for site in context.sites)
-    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
+    paths = (str(n.target) for n in graph.find_nodes(op="get_attr"))
+    read = {path.rpartition(".")[0]: True for path in paths if not path.startswith("_analog.")}
     apart = spread([s.state for s in sites], config, training)
     explicit = bound(module, graph, apart)
     pipeline.run(pipeline.FUSED, graph, context, after)
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.op) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
     decisions = tuple(pipeline.decisions(graph))
-    run, held = bound(module, graph, apart), None
+    driven = is_driven(module)
+    run, held = bound(module, graph if driven else called_directly(graph), apart), None
     if not training and sites and None not in lowered:
         pipeline.run((hold,), graph, context)
         held = bound(module, graph, apart)
-        if is_driven(module):
+        if driven:
             pairs = zip(sites, lowered, strict=True)
             ready = [ReadySite(s.weight, s.state, f.spec) for s, f in pairs if f is not None]
             run = made_ready(module, run, ready)
