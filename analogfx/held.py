@@ -40,6 +40,7 @@ _nothing: Holdings = {}
 _all: list[Holdings] = [_nothing]
 """Those of all threads, the last one last."""
 _last: Holdings = _nothing
+"""Empty where no thread is in a device."""
 
 
 class Numbered(Protocol):
@@ -50,10 +51,12 @@ class Numbered(Protocol):
 
 def of(placement: Numbered) -> tuple[Held, ...] | None:
     """What the sites of one module hold; None outside of every device of its model."""
+    # The number is not read where nothing is held: a compiler's graph that depends on it serves one
+    # module alone, and not all that look alike.
+    if not _last:
+        return None
     if torch.compiler.is_dynamo_compiling():
-        # The number is not read where nothing is held: a compiler's graph that depends on it
-        # serves one module alone, and not all that look alike.
-        return _last.get(placement.number) if _last else None
+        return _last.get(placement.number)
     current: Holdings = getattr(_thread, "current", _nothing)
     return current.get(placement.number) if current else None
 
@@ -65,8 +68,9 @@ def holding(holdings: Holdings) -> Iterator[None]:
     before: Holdings = getattr(_thread, "current", _nothing)
     mine: Holdings = {**before, **holdings}
     _thread.current = mine
-    _all.append(mine)
-    _last = mine
+    if mine:
+        _all.append(mine)
+    _last = _all[-1]
     try:
         yield
     finally:

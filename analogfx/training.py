@@ -98,7 +98,7 @@ def _check_bounds(analog: nn.Module) -> None:
 
 @torch.no_grad()
 def _clip_weights(analog: nn.Module) -> None:
-    done = set()
+    done: dict[Any, list[Resolved]] = {}
     parts: list[tuple[nn.Parameter, Resolved]] = []
     for _, module, site in sites(analog):
         config = module._analog.resolved
@@ -107,16 +107,17 @@ def _clip_weights(analog: nn.Module) -> None:
         weight = site.weight(module)
         sharded = shards.is_sharded(weight)
         where: Any = id(parameter_of(module, site)) if sharded else weight.data_ptr()
-        place = (where, weight.shape, weight.stride(), site.weight if sharded else None, config)
-        if place in done and not weight.is_meta:  # tied: the bound is that of unclipped weights
+        place = (where, weight.shape, weight.stride(), site.weight if sharded else None)
+        clipped = done.setdefault(place, [])
+        if config in clipped and not weight.is_meta:  # tied: the bound is that of unclipped weights
             continue
-        done.add(place)
+        clipped.append(config)
         parameter = parameter_of(module, site) if sharded else None
         if parameter is None:
-            _clip(module, site, config)
+            _clip(module, site, weight, config)
         elif weight is not parameter or site.experts:
             with gathered(module, site) as holder:
-                _clip(holder, site, config)
+                _clip(holder, site, site.weight(holder), config)
         elif _clip_groups(parameter, config):
             parts.append((parameter, config))
         else:  # all of what a bound is the spread of is here
@@ -125,9 +126,9 @@ def _clip_weights(analog: nn.Module) -> None:
     _clip_parts(parts)
 
 
-def _clip(module: nn.Module, site: AnalogSite, config: Resolved) -> None:
+def _clip(module: nn.Module, site: AnalogSite, weight: Tensor, config: Resolved) -> None:
     """Clip one site's weight, which is here as a whole."""
-    matrix = site.weight(module).flatten(1)
+    matrix = weight.flatten(1)
     clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
     for own in site.matrices(matrix):  # each by its own spread
         clip(own, config.clip_sigma)

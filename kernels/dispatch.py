@@ -29,7 +29,8 @@ CHOICES = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 
-_chosen = "auto"
+asked = "auto"
+"""What :func:`use` was told."""
 
 
 def use(which: str) -> str:
@@ -46,10 +47,10 @@ def use(which: str) -> str:
         ValueError: another choice. Choose before a model is compiled: a graph keeps the shapes
             that the choice gave it.
     """
-    global _chosen
+    global asked
     if which not in CHOICES:
         raise ValueError(f"expected one of {', '.join(CHOICES)}, found {which!r}")
-    before, _chosen = _chosen, which
+    before, asked = asked, which
     return before
 
 
@@ -87,8 +88,8 @@ def _refused_device(device: torch.device) -> str:
         return ""
     # The interpreter is chosen before triton is imported; it changes where kernels run, not what
     # they compute, and only who asks for triton gets it.
-    asked = _chosen == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cpu" and asked and _interpreted():
+    interpreted = asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and interpreted and _interpreted():
         return ""
     return f"the tensors are on {device.type}, not on a CUDA device"
 
@@ -143,9 +144,9 @@ def serves(reason: str) -> bool:
     Raises:
         KernelError: they were asked for and refuse.
     """
-    if _chosen == "triton" and reason:
+    if asked == "triton" and reason:
         raise KernelError(f'use("triton"), but {reason}; use("auto") falls back to torch')
-    return _chosen != "reference" and not reason
+    return asked != "reference" and not reason
 
 
 def chosen(weight: Tensor, spec: MVMSpec, op: str = "linear") -> str:
@@ -155,8 +156,7 @@ def chosen(weight: Tensor, spec: MVMSpec, op: str = "linear") -> str:
         weight: taken for an input, too: inputs are to have its dtype and device.
         op: "linear", "conv" or "experts".
     """
-    asked = _chosen == "reference"
-    reason = "it was asked for" if asked else refusal(op, weight, weight, spec)
+    reason = "it was asked for" if asked == "reference" else refusal(op, weight, weight, spec)
     return f"torch: {reason}" if reason else plan.described(weight.dtype, spec)
 
 

@@ -46,6 +46,8 @@ def normal(seed: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) 
     if seed.device.type != "cpu":
         return philox.normal(seed, stream, math.prod(shape)).to(dtype).reshape(shape)
     out = torch.empty(shape, dtype=dtype)
+    if out.numel() <= CHUNK:
+        return out.normal_(generator=_generator(int(seed), stream, 0))
     _fill(out.view(-1), int(seed), stream)
     return out
 
@@ -110,10 +112,15 @@ def _fill(out: Tensor, seed: int, stream: int) -> None:
 
 def _draw(chunk: Tensor, seed: int, stream: int, number: int) -> None:
     """Fill a chunk of a draw."""
-    generator = torch.Generator().manual_seed(_mix(seed, stream, number))
+    generator = _generator(seed, stream, number)
     # Modes are a thread's own, and leaving inference mode turns gradients on.
     with torch.inference_mode(chunk.is_inference()), torch.no_grad():
         chunk.normal_(generator=generator)
+
+
+def _generator(*key: int) -> torch.Generator:
+    """That of one chunk."""
+    return torch.Generator().manual_seed(_mix(*key))
 
 
 def _in_threads(draw: Callable[[int], None], numbers: range) -> None:

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,12 +192,27 @@ def prepared(args: argparse.Namespace) -> Run:
 
 
 def checkout_as_package(folder: Path) -> Path:
-    """Links that show the checkout as an installed package: passes and kernels inside of it."""
+    """The checkout as an installed package, by links: passes and kernels inside of it."""
+    import tomllib  # from Python 3.11 on; the tests import this file in 3.10
+
     package = folder / "analogfx"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     for source in (*(ROOT / "analogfx").iterdir(), ROOT / "passes", ROOT / "kernels"):
         package.joinpath(source.name).symlink_to(source)
+    about = folder / "analogfx.dist-info"
+    about.mkdir(exist_ok=True)
+    source = (ROOT / "analogfx" / "__init__.py").read_text()
+    (version,) = re.findall(r'^__version__ = "(.*)"$', source, re.MULTILINE)
+    about.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: analogfx\nVersion: {version}\n"
+    )
+    # Torch finds the backend by its entry point.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, names in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {where}" for name, where in names.items())]
+    about.joinpath("entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 

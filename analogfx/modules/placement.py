@@ -94,6 +94,8 @@ class Placement:
         """By mode, the forward of the part that this process holds."""
         self._steps: int | None = None
         """Steps that optimizers had made when it first wrote its ranges in training."""
+        self._asked = False
+        """Whether it was asked, at the next step, if others train beside this process."""
         self._read: list[Any] = []
 
     @property
@@ -179,7 +181,6 @@ class Placement:
         """Take the module's parameters, state included, for those that its programs are for."""
         self._read = self._reading(module)
 
-    @_disable_dynamo
     def follow(self, module: nn.Module) -> None:
         """Take up what was done to the module's parameters since its programs were built.
 
@@ -189,6 +190,11 @@ class Placement:
         Raises:
             CaptureError: the forward has other products now, for which there are no ranges.
         """
+        if self.unset or self._is_other(module):
+            self._follow(module)
+
+    @_disable_dynamo
+    def _follow(self, module: nn.Module) -> None:
         with TRACING:
             read = self._reading(module)
             if read != self._read:
@@ -221,6 +227,20 @@ class Placement:
             for name, p in (_inside(module, path) if path else module)._parameters.items()
         ]
 
+    def _is_other(self, module: nn.Module) -> bool:
+        """Whether parameters came, went or took another shape since the programs were built."""
+        at = 0
+        for path in self._readers:
+            owner = _inside(module, path) if path else module
+            for name, p in owner._parameters.items():
+                if at == len(self._read) or self._read[at] != (
+                    name,
+                    None if p is None else p.shape,
+                ):
+                    return True
+                at += 1
+        return at != len(self._read)
+
     def _moved_only(self, module: nn.Module, read: list[Any]) -> bool:
         """Whether what is missing are parameters that became plain tensors of the same shape.
 
@@ -242,7 +262,7 @@ class Placement:
             CaptureError: the call multiplies by other parameters than the calls before it, for
                 which there are no ranges.
         """
-        key = training, _key(pattern)
+        key = training, _key(pattern) if pattern else ()
         found = self.programs.get(key)
         if found is None and key not in self.left:
             found = self._late[key] if self._first_use(module, key, pattern) else None
@@ -311,16 +331,16 @@ class Placement:
             RuntimeError: under ``torch.func``, which cannot store what ranges learn from the data.
         """
         training = module.training
-        if training and self.resolved.has_state and not self.resolved.collects:
-            self._warn_if_alone()
-        if training and self.resolved.has_state and in_transform():
-            raise RuntimeError(
-                f"{self.name or type(module).__name__}: in training its input range follows the "
-                "data, which torch.func and torch.vmap cannot store: call eval(), or use "
-                "backward() or torch.autograd.grad() instead"
-            )
-        if self.unset or self._reading(module) != self._read:
-            self.follow(module)
+        if training and self.resolved.has_state:
+            if not (self._asked or self.resolved.collects):
+                self._warn_if_alone()
+            if in_transform():
+                raise RuntimeError(
+                    f"{self._called(module)}: in training its input range follows the data, which "
+                    "torch.func and torch.vmap cannot store: call eval(), or use backward() or "
+                    "torch.autograd.grad() instead"
+                )
+        self.follow(module)
         if shards.any_dtensor() and (paths := self._in_parts(module)):
             return self._tensor_parallel(module, paths, args, kwargs)
         pattern = pattern_of(module, args, kwargs) if self.takes_constants else ()
@@ -355,7 +375,7 @@ class Placement:
             path
             for path in self._readers
             for p in (_inside(module, path) if path else module)._parameters.values()
-            if p is not None and shards.is_sharded(p)
+            if type(p) is not nn.Parameter and p is not None and shards.is_sharded(p)
         ]
 
     def _tensor_parallel(self, module: nn.Module, paths: list[str], args: Any, kwargs: Any) -> Any:
@@ -386,13 +406,19 @@ class Placement:
         return parallel.run(self.layout, module, run, args, kwargs)
 
     def _warn_if_alone(self) -> None:
-        """Warn once a process if ranges follow its own data while others train beside it."""
+        """Warn once a process if ranges follow its own data while others train beside it.
+
+        Asked at the module's second step: those who train together have met by then.
+        """
         global _warned_alone
-        if _warned_alone or torch.compiler.is_compiling() or shards.world_size() == 1:
+        if torch.compiler.is_compiling():
             return
         if self._steps is None:
             self._steps = changes.steps
-        elif changes.steps > self._steps:  # the second step
+        elif changes.steps > self._steps:
+            self._asked = True
+            if _warned_alone or shards.world_size() == 1:
+                return
             _warned_alone = True
             warnings.warn(
                 f"{self.name or 'the model'} trains on {shards.world_size()} processes, and its "

@@ -18,7 +18,8 @@ from analogfx.errors import CaptureError, PassError
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.modules.children import child_of
-from analogfx.modules.driven import bound, spread, whole_of
+from analogfx.modules.direct import called_directly
+from analogfx.modules.driven import bound, is_driven, spread, whole_of
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -159,7 +160,8 @@ def _build(
     for step in passes if context.sites else ():
         _run_own(step, graph, context, type(module).__name__, after)
     sites = tuple(_analog_site(site) for site in context.sites)
-    read = {str(n.target).rpartition(".")[0]: True for n in graph.find_nodes(op="get_attr")}
+    paths = (str(n.target) for n in graph.find_nodes(op="get_attr"))
+    read = {path.rpartition(".")[0]: True for path in paths if not path.startswith("_analog.")}
     apart = spread([s.state for s in sites], config, training)
     explicit = bound(module, graph, apart)
     pipeline.run(pipeline.FUSED, graph, context, after)
@@ -175,7 +177,9 @@ def _build(
     # in its graph alone.
     alone = passes or share is not None
     whole = None if alone or config is None else whole_of(module, known, config, training)
-    run, held = bound(module, graph, apart, whole), None
+    whole_graph = is_driven(module) or share is not None
+    eager = graph if whole_graph else called_directly(graph)
+    run, held = bound(module, eager, apart, whole), None
     if not training and sites and None not in lowered and share is None:
         pipeline.run((hold,), graph, context)
         held = bound(module, graph, apart)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import analogfx
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu_run  # noqa: E402
@@ -134,3 +136,15 @@ def test_goals_come_from_the_last_figure_of_each(run):
 def test_steps_have_names_of_their_own_and_the_risky_one_is_last():
     names = [step.name for step in gpu_run.STEPS]
     assert len(set(names)) == len(names) and names[-1] == "bench, Lightning's Triton"
+
+
+def test_the_checkout_has_its_version_and_its_backend_without_being_installed(tmp_path):
+    found = "d = importlib.metadata.distribution('analogfx'); print(d.version, *d.entry_points)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import importlib.metadata; {found}"],  # no site-packages
+        env={**os.environ, "PYTHONPATH": str(gpu_run.checkout_as_package(tmp_path))},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(analogfx.__version__)
+    assert "name='analogfx', value='analogfx.backend.compiler:backend'" in done.stdout
+    assert "torch_dynamo_backends" in done.stdout
