@@ -14,7 +14,7 @@ from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.clip import clip_launch
 from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch, linear_forward
-from analogfx.kernels.triton.input_gradient import input_launches, partial_shape
+from analogfx.kernels.triton.input_gradient import clamp_launch, clipped_input_launch, partial_shape
 from analogfx.kernels.triton.inputs import Operand, convert_launch
 from analogfx.kernels.triton.launch import Launch, blocks_of, is_interpreted
 from analogfx.kernels.triton.statistics import moments_launch, range_launch
@@ -268,7 +268,7 @@ def _products(
 
 
 _LAUNCHES = ("", ", clipped")
-"""The launches of a backward product: of blocks in which nothing was clipped, and of the others."""
+"""The launches of a learned clip's product: blocks in which nothing was clipped, and the others."""
 
 
 def _backward(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
@@ -284,27 +284,39 @@ def _gradients(text: str, x: Tensor, outputs: int, site: str, spec: MVMSpec) -> 
     """The backward products of one site."""
     k, dtype = len(spec.in_sizes), x.dtype
     g, w = _empty(N, outputs, dtype=dtype), _empty(outputs, INPUTS, dtype=dtype)
-    ranges = _empty(N, k) if spec.range_mode == "dynamic" else _empty(k)
+    dynamic = spec.range_mode == "dynamic"
+    ranges = _empty(N, k) if dynamic else _empty(k)
     site += ", odd outputs" if outputs % 16 else ""
-    shared: dict[str, Any] = {"ranges": ranges, "bits": None, "marked": None}
+    bits = rows = across = None
     if spec.out_bound:
-        shared["bits"] = _empty(k, N, blocks_of(outputs, 8), dtype=torch.uint8)
-        shared["marked"] = _empty(k, blocks_of(N, plan.PATCH[0]), dtype=torch.uint8)
+        bits = _empty(k, N, blocks_of(outputs, 8), dtype=torch.uint8)
+        rows = _empty(k, blocks_of(N, plan.PATCH[0]), dtype=torch.uint8)
+        across = _empty(k, blocks_of(outputs, plan.PATCH[1]), dtype=torch.uint8)
+
     block = blocks.of_input_gradient(g, spec)
-    partial = _empty(*partial_shape(N, spec, block))
-    made = input_launches(g, w, x, **shared, dx=x, partial=partial, spec=spec, block=block)
-    for which, launch in zip(_LAUNCHES, made, strict=False):
-        yield _product(f"linear_backward_input[{text},{block.text},{site}{which}]", launch, text)
-    for kind, clip, convert in (
-        ("", None, False),
-        (", learned clip", _empty(k, outputs), True),
-    ):
-        block = blocks.of_weight_gradient(g, clip is not None, spec)
-        inputs = Operand(x, convert, spec)
-        partial = _empty(1)
-        made = weight_launches(
-            g, inputs, w, **shared, clip=clip, dw=w, partial=partial, block=block
+    partial = None if dynamic else _empty(*partial_shape(N, spec, block))
+    results: dict[str, Any] = {"dx": x, "partial": partial, "spec": spec, "block": block}
+    if not dynamic:
+        launch = clamp_launch(x, x, ranges=ranges, marked=rows, **results)
+        yield compiled_as(f"clamp_gradient[{text},{block.text},{site}]", launch, text, False)
+    if bits is not None and rows is not None:
+        fixed = None if dynamic else ranges
+        launch = clipped_input_launch(g, w, x, ranges=fixed, bits=bits, marked=rows, **results)
+        yield _product(f"linear_backward_input[{text},{block.text},{site}]", launch, text)
+
+    block = blocks.of_weight_gradient(g, False, spec)
+    results = {"bits": bits, "marked": across, "dw": w}
+    if bits is not None:  # the blocks in which something was clipped; the others are the vendor's
+        values = Operand(x, False, spec)
+        *_, launch = weight_launches(
+            g, values, w, ranges=None, clip=None, partial=None, block=block, **results
         )
-        for which, launch in zip(_LAUNCHES, made, strict=False):
-            name = f"linear_backward_weight[{text},{block.text},{site}{kind}{which}]"
-            yield _product(name, launch, text)
+        yield _product(f"linear_backward_weight[{text},{block.text},{site}]", launch, text)
+    block = blocks.of_weight_gradient(g, True, spec)
+    made = weight_launches(
+        g, Operand(x, True, spec), w, ranges=ranges, clip=_empty(k, outputs), partial=_empty(1),
+        block=block, **results,
+    )  # fmt: skip
+    for which, launch in zip(_LAUNCHES, made, strict=False):
+        name = f"linear_backward_weight[{text},{block.text},{site}, learned clip{which}]"
+        yield _product(name, launch, text)

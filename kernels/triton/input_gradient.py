@@ -1,4 +1,4 @@
-"""The backward product that gives the gradients of the inputs and of their ranges.
+"""The gradients of the inputs and of their ranges.
 
 With g_t the gradient of the output, 0 where tile t's ADC clipped:
 
@@ -6,9 +6,9 @@ With g_t the gradient of the output, 0 where tile t's ADC clipped:
     dr_t   = r_t sum_{|x| >= r_t} min(sign(x) (g_t W~[t]), 0)     static: data term; with a count
     dr_t   = sum_{|x| > r_t} sign(x) (g_t W~[t])                  fast
 
-The blocks in which something was clipped are a launch of their own. The other loop reads no bits,
-and takes g from memory to the tensor cores without a detour through registers. With both loops in
-one function, ptxas makes every product of a warpgroup wait for the one before (its note C7515).
+Where nothing was clipped, g_t is g for every tile, and the product is one of the vendor's, which no
+hand-written one beats: a pass over it does what the clamp does. The blocks in which something was
+clipped are a launch that computes their products anew.
 
 Straight through every rounding and noise. A block lies within one tile; what it adds to a range's
 gradient it stores beside the others', to be summed in one order: no atomics.
@@ -82,43 +82,81 @@ def through_clamp(
 
 
 @triton.jit
-def gradient_product(
-    p_g,
-    p_w,
-    p_bits,
-    tile,
-    o_row,
-    m_in,
+def place_of(
+    size,
+    larger,
     n_rows,
-    n_outputs,
-    stride_go,
-    stride_wo,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """g_t W~[t] for a block of inputs, float32.
+    """A program's tile, its first input and length; block row, first column, and partial sum."""
+    per_tile = tl.cdiv(size if EVEN else size + 1, BLOCK_IN)
+    n_down = tl.cdiv(n_rows, BLOCK_ROWS)
+    row, column = swizzled(tl.program_id(0), n_down, per_tile * TILES, GROUP)
+    tile = column // per_tile
+    start, length = tile_span(tile, size, larger, EVEN)
+    column = column % per_tile
+    at = (tile * n_down + row) * per_tile + column
+    return tile, start, length, row, column * BLOCK_IN, at
 
-    Args:
-        p_g, p_w: pointers to the block's rows (BLOCK_ROWS, 1) and inputs (1, BLOCK_IN).
-    """
-    o_k = tl.arange(0, BLOCK_OUT)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
-    for first in range(0, n_outputs, BLOCK_OUT):
-        o_out = first + o_k.to(tl.int64)
-        m_out = o_k < (BLOCK_OUT if WHOLE else n_outputs - first)
-        g = tl.load(p_g + o_out[None, :] * stride_go, mask=m_out[None, :], other=0.0)
-        if MASKED:
-            g = masked(
-                g, p_bits, tile, o_row[:, None], o_out[None, :], m_out[None, :], n_rows, n_outputs
-            )
-        m = m_out[:, None] & m_in[None, :]
-        w = tl.load(p_w + o_out[:, None] * stride_wo, mask=m, other=0.0)
-        acc = dot(g, w, acc, PRECISION)
-    return acc
+
+@triton.jit
+def row_marked(p_marked, tile, row, n_rows, BLOCK_ROWS: tl.constexpr):
+    """Whether a patch in a block's rows is marked for a tile."""
+    down: tl.constexpr = BLOCK_ROWS // PATCH_ROWS
+    patches = tl.cdiv(n_rows, PATCH_ROWS)
+    return any_marked(p_marked + tile.to(tl.int64) * patches, row * down, patches, down)
+
+
+@triton.jit
+def clamp_gradient(
+    p_product,
+    p_x,
+    p_range,
+    p_marked,
+    p_dx,
+    p_partial,
+    n_rows,
+    n_inputs,
+    size,
+    larger,
+    n_partial,
+    stride_xn,
+    stride_xi,
+    EVEN: tl.constexpr,
+    TILES: tl.constexpr,
+    RANGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One block of one tile's inputs, from its product g W~; nothing where a patch is marked."""
+    tile, start, length, row, first, at = place_of(
+        size, larger, n_rows, EVEN, TILES, BLOCK_ROWS, BLOCK_IN, GROUP
+    )
+    if p_marked is not None:  # noqa: SIM102, Triton looks at both sides of an "and"
+        if row_marked(p_marked, tile, row, n_rows, BLOCK_ROWS):
+            return  # linear_backward_input computes it
+    o_row = row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    data, count = 0.0, 0.0
+    for beyond in range(0, BLOCK_IN, COLUMNS):  # the addresses of a whole block would not fit
+        o_column = first + beyond + tl.arange(0, COLUMNS)
+        m = (o_row < n_rows)[:, None] & (o_column < length)[None, :]
+        place = o_row[:, None] * n_inputs + (start + o_column).to(tl.int64)[None, :]
+        grad = tl.load(p_product + place, mask=m, other=0.0).to(tl.float32)
+        more_data, more_count = through_clamp(
+            grad, p_x, p_range, p_dx, tile, start, length, o_row, first + beyond, n_rows, n_inputs,
+            stride_xn, stride_xi, RANGE, p_partial is not None, COLUMNS,
+        )  # fmt: skip
+        data += more_data
+        count += more_count
+    if p_partial is not None:
+        tl.store(p_partial + at, data)
+        tl.store(p_partial + n_partial + at, count)
 
 
 @triton.jit
@@ -136,13 +174,13 @@ def linear_backward_input(
     n_inputs,
     size,
     larger,
+    n_partial,
     stride_gn,
     stride_go,
     stride_wo,
     stride_wi,
     stride_xn,
     stride_xi,
-    MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     WHOLE: tl.constexpr,
     TILES: tl.constexpr,
@@ -153,122 +191,161 @@ def linear_backward_input(
     BLOCK_IN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One block of one tile's inputs: its gradient, and what it adds to that of the range.
+    """One block of one tile's inputs, if a patch in its rows is marked."""
+    tile, start, length, row, first, at = place_of(
+        size, larger, n_rows, EVEN, TILES, BLOCK_ROWS, BLOCK_IN, GROUP
+    )
+    if row_marked(p_marked, tile, row, n_rows, BLOCK_ROWS):
+        o_row = row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        o_column = first + tl.arange(0, BLOCK_IN)
+        o_input = (start + o_column).to(tl.int64)
+        # Beyond the edge the last row is read again, and not stored: no mask is held. Not so for
+        # the inputs, which lie side by side in memory: the compiler must see that they do.
+        in_row = tl.minimum(o_row, n_rows - 1)
+        m_in = o_column < length
+        p_rows = p_g + in_row[:, None] * stride_gn
+        p_inputs = p_w + o_input[None, :] * stride_wi
+        o_k = tl.arange(0, BLOCK_OUT)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
+        for begin in range(0, n_outputs, BLOCK_OUT):
+            o_out = begin + o_k.to(tl.int64)
+            m_out = o_k < (BLOCK_OUT if WHOLE else n_outputs - begin)
+            g = tl.load(p_rows + o_out[None, :] * stride_go, mask=m_out[None, :], other=0.0)
+            g = masked(
+                g, p_bits, tile, in_row[:, None], o_out[None, :], m_out[None, :], n_rows, n_outputs
+            )
+            m = m_out[:, None] & m_in[None, :]
+            w = tl.load(p_inputs + o_out[:, None] * stride_wo, mask=m, other=0.0)
+            acc = dot(g, w, acc, PRECISION)
 
-    With bits, MASKED computes the blocks in which something was clipped, and without it the others.
-    """
-    per_tile = tl.cdiv(size if EVEN else size + 1, BLOCK_IN)
-    n_down = tl.cdiv(n_rows, BLOCK_ROWS)
-    row, column = swizzled(tl.program_id(0), n_down, per_tile * TILES, GROUP)
-    tile = column // per_tile
-    start, length = tile_span(tile, size, larger, EVEN)
-    if p_bits is not None:
-        down: tl.constexpr = BLOCK_ROWS // PATCH_ROWS
-        patches = tl.cdiv(n_rows, PATCH_ROWS)
-        p_marks = p_marked + tile.to(tl.int64) * patches
-        if any_marked(p_marks, row * down, patches, down) != MASKED:
-            return  # the other launch computes it
-    o_row = row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    o_column = (column % per_tile) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    o_input = (start + o_column).to(tl.int64)
-    # Beyond the edge the last row is read again, and not stored: no mask is held. Not so for the
-    # inputs, which lie side by side in memory: the compiler must see that they do.
-    in_row = tl.minimum(o_row, n_rows - 1)
-    m_in = o_column < length
-    p_g += in_row[:, None] * stride_gn
-    p_w += o_input[None, :] * stride_wi
-
-    acc = gradient_product(
-        p_g, p_w, p_bits, tile, in_row, m_in, n_rows, n_outputs, stride_go, stride_wo, MASKED,
-        WHOLE, PRECISION, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-    )  # fmt: skip
-
-    # Half a block at a time: beside the accumulator, addresses of all of x do not fit.
-    HALF: tl.constexpr = BLOCK_IN // 2
-    left, right = halves(acc, BLOCK_ROWS, BLOCK_IN)
-    first = (column % per_tile) * BLOCK_IN
-    data, count = through_clamp(
-        left, p_x, p_range, p_dx, tile, start, length, o_row, first, n_rows, n_inputs, stride_xn,
-        stride_xi, RANGE, p_partial is not None, HALF,
-    )  # fmt: skip
-    more_data, more_count = through_clamp(
-        right, p_x, p_range, p_dx, tile, start, length, o_row, first + HALF, n_rows, n_inputs,
-        stride_xn, stride_xi, RANGE, p_partial is not None, HALF,
-    )  # fmt: skip
-    if p_partial is not None:
-        blocks = n_down * per_tile
-        at = tile * blocks + row * per_tile + column % per_tile
-        tl.store(p_partial + at, data + more_data)
-        tl.store(p_partial + TILES * blocks + at, count + more_count)
+        # Half a block at a time: beside the accumulator, addresses of all of x do not fit.
+        HALF: tl.constexpr = BLOCK_IN // 2
+        left, right = halves(acc, BLOCK_ROWS, BLOCK_IN)
+        data, count = through_clamp(
+            left, p_x, p_range, p_dx, tile, start, length, o_row, first, n_rows, n_inputs,
+            stride_xn, stride_xi, RANGE, p_partial is not None, HALF,
+        )  # fmt: skip
+        more_data, more_count = through_clamp(
+            right, p_x, p_range, p_dx, tile, start, length, o_row, first + HALF, n_rows, n_inputs,
+            stride_xn, stride_xi, RANGE, p_partial is not None, HALF,
+        )  # fmt: skip
+        if p_partial is not None:
+            tl.store(p_partial + at, data + more_data)
+            tl.store(p_partial + n_partial + at, count + more_count)
 
 
-def input_launches(
-    g: Tensor,
-    w: Tensor,
+def clamp_launch(
+    product: Tensor,
     x: Tensor,
     *,
-    ranges: Tensor | None,
-    bits: Tensor | None,
+    ranges: Tensor,
     marked: Tensor | None,
     dx: Tensor | None,
     partial: Tensor | None,
     spec: MVMSpec,
     block: Blocks,
-) -> tuple[Launch, ...]:
-    """Gradients of x (N, I) and of the ranges from g (N, O) and the modified weights (O, I).
-
-    One launch without bits; with bits one for the blocks in which nothing was clipped, and one for
-    the others.
+) -> Launch:
+    """Gradients of x (N, I) and of the ranges (k,) from g W~, where nothing was clipped.
 
     Args:
-        bits: uint8 (k, N, ceil(O / 8)): what a bound clipped, None where there is no bound.
-        marked: uint8 (k, patches): patches of rows that hold something clipped, None without bits.
+        product: contiguous (N, I); ``dx`` may be the same tensor.
+        marked: uint8 (k, patches): patches of rows that hold something clipped; None for none.
         dx: contiguous (N, I), or None where it is not wanted.
         partial: float32 of :func:`partial_shape`, or None: sums and counts for every block.
     """
-    rows, outputs = g.shape
-    per_tile = blocks_of(max(spec.in_sizes), block.inputs)
-    has_range = ranges is not None and spec.range_mode in ("static", "fast")
-    return tuple(
-        Launch(
-            linear_backward_input,
-            (blocks_of(rows, block.rows) * per_tile * len(spec.in_sizes),),
-            {
-                "p_g": g,
-                "p_w": w,
-                "p_x": x if has_range else None,
-                "p_range": ranges if has_range else None,
-                "p_bits": bits,
-                "p_marked": marked,
-                "p_dx": dx,
-                "p_partial": partial,
-                "n_rows": rows,
-                "n_outputs": outputs,
-                "n_inputs": w.shape[1],
-                **geometry(spec),
-                "stride_gn": g.stride(0),
-                "stride_go": g.stride(1),
-                "stride_wo": w.stride(0),
-                "stride_wi": w.stride(1),
-                "stride_xn": x.stride(0),
-                "stride_xi": x.stride(1),
-            },
-            {
-                "MASKED": masked,
-                "EVEN": is_even(spec),
-                "WHOLE": outputs % block.outputs == 0,
-                "TILES": len(spec.in_sizes),
-                "RANGE": spec.range_mode if has_range else "none",
-                "PRECISION": precision_of(w.dtype),
-                "BLOCK_ROWS": block.rows,
-                "BLOCK_OUT": block.outputs,
-                "BLOCK_IN": block.inputs,
-                "GROUP": blocks.GROUP,
-            },
-            block.options,
-        )
-        for masked in ((False,) if bits is None else (False, True))
+    return Launch(
+        clamp_gradient,
+        _grid(x.shape[0], spec, block),
+        {
+            "p_product": product,
+            "p_x": x,
+            "p_range": ranges,
+            "p_marked": marked,
+            "p_dx": dx,
+            "p_partial": partial,
+            "n_rows": x.shape[0],
+            "n_inputs": x.shape[1],
+            **geometry(spec),
+            "n_partial": _grid(x.shape[0], spec, block)[0],
+            "stride_xn": x.stride(0),
+            "stride_xi": x.stride(1),
+        },
+        {
+            "EVEN": is_even(spec),
+            "TILES": len(spec.in_sizes),
+            "RANGE": spec.range_mode,
+            "BLOCK_ROWS": block.rows,
+            "BLOCK_IN": block.inputs,
+            "COLUMNS": min(block.inputs, 32),
+            "GROUP": blocks.GROUP,
+        },
+        {"num_warps": 8, "num_stages": 1},
     )
+
+
+def clipped_input_launch(
+    g: Tensor,
+    w: Tensor,
+    x: Tensor,
+    *,
+    ranges: Tensor | None,
+    bits: Tensor,
+    marked: Tensor,
+    dx: Tensor | None,
+    partial: Tensor | None,
+    spec: MVMSpec,
+    block: Blocks,
+) -> Launch:
+    """The same from g (N, O) and the modified weights (O, I), where something was clipped.
+
+    Args:
+        ranges: None where the clamp lets everything through.
+        bits: uint8 (k, N, ceil(O / 8)): what a bound clipped.
+    """
+    rows, outputs = g.shape
+    return Launch(
+        linear_backward_input,
+        _grid(rows, spec, block),
+        {
+            "p_g": g,
+            "p_w": w,
+            "p_x": None if ranges is None else x,
+            "p_range": ranges,
+            "p_bits": bits,
+            "p_marked": marked,
+            "p_dx": dx,
+            "p_partial": partial,
+            "n_rows": rows,
+            "n_outputs": outputs,
+            "n_inputs": w.shape[1],
+            **geometry(spec),
+            "n_partial": _grid(rows, spec, block)[0],
+            "stride_gn": g.stride(0),
+            "stride_go": g.stride(1),
+            "stride_wo": w.stride(0),
+            "stride_wi": w.stride(1),
+            "stride_xn": x.stride(0),
+            "stride_xi": x.stride(1),
+        },
+        {
+            "EVEN": is_even(spec),
+            "WHOLE": outputs % block.outputs == 0,
+            "TILES": len(spec.in_sizes),
+            "RANGE": "none" if ranges is None else spec.range_mode,
+            "PRECISION": precision_of(w.dtype),
+            "BLOCK_ROWS": block.rows,
+            "BLOCK_OUT": block.outputs,
+            "BLOCK_IN": block.inputs,
+            "GROUP": blocks.GROUP,
+        },
+        block.options,
+    )
+
+
+def _grid(rows: int, spec: MVMSpec, block: Blocks) -> tuple[int]:
+    """A program for every block of every tile."""
+    per_tile = blocks_of(max(spec.in_sizes), block.inputs)
+    return (blocks_of(rows, block.rows) * per_tile * len(spec.in_sizes),)
 
 
 def partial_shape(rows: int, spec: MVMSpec, block: Blocks) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ and, where a patch is marked, the clipped outputs are found again, from W, x and
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,11 @@ from analogfx.kernels.triton import blocks, eight_bit, inputs
 from analogfx.kernels.triton.blocks import Blocks
 from analogfx.kernels.triton.clipped import clipped_launch
 from analogfx.kernels.triton.forward import forward_launch
-from analogfx.kernels.triton.input_gradient import input_launches, partial_shape
+from analogfx.kernels.triton.input_gradient import (
+    clamp_launch,
+    clipped_input_launch,
+    partial_shape,
+)
 from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import blocks_of, geometry
 from analogfx.kernels.triton.tile import Periphery
@@ -245,28 +249,21 @@ def _input_gradients(
     rows = _rows(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     into = None if dx is None else _rows(dx)
-    clamped = ranges is not None and spec.range_mode != "dynamic"
-    if clipped is None and not clamped:  # a plain product, which the vendor's is the best for
-        assert into is not None
-        torch.mm(g, w, out=into)
-        return dx, None
+    product = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if into is None else into
+    torch.mm(g, w, out=product)
+    clamped = ranges if spec.range_mode in ("static", "fast") else None
     block = blocks.of_input_gradient(g, spec)
     partial = None
     if need_range:
         partial = x.new_empty(partial_shape(rows.shape[0], spec, block), dtype=torch.float32)
-    for launch in input_launches(
-        g,
-        w,
-        rows,
-        ranges=ranges,
-        bits=None if clipped is None else clipped.bits,
-        marked=None if clipped is None else clipped.rows,
-        dx=into,
-        partial=partial,
-        spec=spec,
-        block=block,
-    ):
-        launch.run()
+    results: Any = {"dx": into, "partial": partial, "spec": spec, "block": block}
+    marked = None if clipped is None else clipped.rows
+    if clamped is not None:
+        clamp_launch(product, rows, ranges=clamped, marked=marked, **results).run()
+    if clipped is not None:
+        clipped_input_launch(
+            g, w, rows, ranges=clamped, bits=clipped.bits, marked=clipped.rows, **results
+        ).run()
     if partial is None:
         return dx, None
     assert ranges is not None
@@ -296,33 +293,25 @@ def _weight_gradients(
     spec: MVMSpec,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of W (O, I) and of the learned clips (k, O)."""
-    dynamic = spec.range_mode == "dynamic"
-    if clipped is None and clip is None and (plan.by_vendor(x.dtype, spec) or dynamic):
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if need_w else None
+    block = blocks.of_weight_gradient(g, clip is not None, spec)
+    bits, marked = (None, None) if clipped is None else (clipped.bits, clipped.outputs)
+    results: Any = {"bits": bits, "marked": marked, "clip": clip, "dw": dw, "block": block}
+    if clip is None:  # the vendor's product, and again the blocks in which something was clipped
         if ranges is not None:
             x = inputs.converted(x, ranges, x.dtype, True, spec)
-        return g.T @ x, None
-    block = blocks.of_weight_gradient(g, clip is not None, spec)
-    across = blocks_of(weight.shape[0], block.outputs)
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if need_w else None
-    partial = None
-    if clip is not None:
-        shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), block.inputs), weight.shape[0]
-        partial = x.new_empty(shape, dtype=torch.float32)
-    for launch in weight_launches(
-        g,
-        inputs.operand(x, ranges, g.dtype, across, dynamic, spec),
-        weight,
-        ranges=ranges,
-        bits=None if clipped is None else clipped.bits,
-        marked=None if clipped is None else clipped.outputs,
-        clip=clip,
-        dw=dw,
-        partial=partial,
-        block=block,
-    ):
-        launch.run()
-    if clip is None or partial is None:
+        torch.mm(g.T, x, out=dw)
+        if clipped is not None:
+            values = Operand(x, False, spec._replace(range_mode="none", inp_res=0.0))
+            weight_launches(g, values, weight, ranges=None, partial=None, **results)[-1].run()
         return dw, None
+    across = blocks_of(weight.shape[0], block.outputs)
+    dynamic = spec.range_mode == "dynamic"
+    shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), block.inputs), weight.shape[0]
+    partial = x.new_empty(shape, dtype=torch.float32)
+    operand = inputs.operand(x, ranges, g.dtype, across, dynamic, spec)
+    for launch in weight_launches(g, operand, weight, ranges=ranges, partial=partial, **results):
+        launch.run()
     states = spec.weight_states
     count = _by_tile(spec, float(weight.shape[0]), partial).clamp_min(1.0)
     factor = 2 * torch.sqrt(states / 2 / count) / states if states else count.rsqrt()

@@ -231,7 +231,8 @@ def oracle(case, d, dtype):
 def assert_as_good(found, exact, same, dtype):
     """At most twice the error of torch in the same precision, or one unit in the last place.
 
-    The gradient of a range sums gradients at inputs: it is off by the last place of those.
+    The gradient of a range sums gradients at inputs, which are of x's dtype: it is off by the last
+    place of those.
     """
     assert found.keys() == exact.keys()
     for name, value in found.items():
@@ -241,9 +242,12 @@ def assert_as_good(found, exact, same, dtype):
         if not want.numel():
             continue
         largest = float(want.abs().max())
-        if name == "gradient of input_range" and (summed := exact["gradient of x"]).numel():
-            largest = max(largest, float(summed.abs().max()))
-        unit = torch.finfo(value.dtype).eps * largest
+        eps = torch.finfo(value.dtype).eps
+        if name == "gradient of input_range":
+            eps = torch.finfo(dtype).eps
+            if (summed := exact["gradient of x"]).numel():
+                largest = max(largest, float(summed.abs().max()))
+        unit = eps * largest
         of_torch = float((same[name].double() - want).abs().max())
         error = float((value.cpu().double() - want).abs().max())
         assert error <= max(2 * of_torch, 4 * unit if dtype == torch.float32 else unit), (
