@@ -5,7 +5,11 @@ With g_t the gradient of the output, 0 where tile t's ADC clipped, and q_t, s_t 
     dW[t]  = (g_t^T q_t) s_t [inside the learned clip]
     dc_t   = sum_i (g_t^T q_t) s_t slope(W / c)                   LSQ, before its factor
 
-Blocks in which something was clipped are a launch of their own, as in :mod:`input_gradient`.
+Without a learned clip the product is the vendor's where nothing was clipped, as in
+:mod:`input_gradient`. Blocks in which something was clipped are a launch of their own: the other
+loop reads no bits, and takes g from memory to the tensor cores without a detour through registers.
+With both loops in one function, ptxas makes every product of a warpgroup wait for the one before
+(its note C7515).
 
 Straight through every rounding and noise. A block lies within one tile; what it adds to a clip's
 gradient it stores beside the others', to be summed in one order: no atomics.
