@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import sharding
 from sharding import LLAMA_70B, SMALL
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA, TENSOR = 128, 8
 
 
