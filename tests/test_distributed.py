@@ -209,6 +209,24 @@ def test_neither_ranges_nor_clips_decay():
     assert len(analogfx.parameter_groups(nn.Linear(2, 2), 0.1)) == 1
 
 
+@pytest.mark.parametrize("decay", [None, 0.9], ids=["SWA", "EMA"])
+def test_an_average_keeps_ranges_closed(decay):
+    """With ``use_buffers=False``, which copies counts; the page says why."""
+    averages = torch.optim.swa_utils
+    model = analogfx.analogize(nn.Linear(4, 3), ranged(init_from_data=3))
+    how = {} if decay is None else {"multi_avg_fn": averages.get_ema_multi_avg_fn(decay)}
+    average = averages.AveragedModel(model, **how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    analogfx.prepare_training(optimizer, model)
+    for _ in range(6):
+        train(model, optimizer, [torch.randn(8, 4)])
+        average.update_parameters(model)
+    assert average.module.input_range_update_idx == model.input_range_update_idx == 3
+    before = average.module.input_range.clone()
+    average.train()(10 * torch.randn(8, 4))
+    assert torch.equal(average.module.input_range, before)
+
+
 def test_it_names_what_it_cannot_use():
     model = analogfx.analogize(nn.Linear(4, 3), ranged())
     with pytest.raises(TypeError, match="takes an optimizer"):
