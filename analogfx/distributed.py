@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,8 @@ def prepare_training(
             ``mesh_or_group`` is neither a group nor a mesh.
         ValueError: the optimizer holds none of the analog parameters.
         PlacementError: the model is tensor-parallel over some of all processes, and nothing says
-            which of the others are data-parallel.
+            which of the others are data-parallel; or it is in ``FullyShardedDataParallel``, FSDP's
+            first version, whose flat parameters have no ranges to write.
 
     Example:
         >>> model = DistributedDataParallel(analogize(net, recipes.afm()))
@@ -86,6 +88,7 @@ def prepare_training(
         >>> prepare_training(optimizer, model)
     """
     optimizer = _inner(optimizer)
+    _refuse_flat_parameters(model)
     clipping = clip_what_has_a_bound(optimizer, model)
     try:
         groups = _groups(mesh_or_group, _tensor_parallel(model))
@@ -97,6 +100,23 @@ def prepare_training(
     collect_statistics(model, on=True, processes=names)
     handle = optimizer.register_step_pre_hook(lambda opt, *_: step.before(opt))
     return Preparation(model, [handle, clipping])
+
+
+def _refuse_flat_parameters(model: nn.Module) -> None:
+    """Refuse the first version of FSDP: between forwards a module has none of its parameters.
+
+    Raises:
+        PlacementError: saying what to use.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for path, module in model.named_modules():
+            if isinstance(module, fsdp.FullyShardedDataParallel):
+                raise PlacementError(
+                    f"{path or type(model).__name__} is in FullyShardedDataParallel, which makes "
+                    "one flat tensor of weights and ranges: use its successor, fully_shard of "
+                    "torch.distributed.fsdp, which prepare_training() knows"
+                )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from analogfx import shards
 from analogfx.config import Resolved, TorchInferenceRPUConfig, WeightQuantizationType
-from analogfx.errors import ConfigError, Conflict
+from analogfx.errors import ConfigError, Conflict, PlacementError
 from analogfx.kernels import changes, dispatch
 from analogfx.kernels.clip import clip_matrix, clip_part, moments
 from analogfx.kernels.spec import MVMSpec
@@ -83,8 +83,15 @@ def clip_weights(analog: nn.Module) -> None:
     Raises:
         ConfigError: a layer's ``clip.type`` is Gaussian, and its ``clip.sigma`` is no bound. No
             weight is changed.
+        PlacementError: a weight is on the meta device, as accelerate's offload leaves it there.
     """
     _check_bounds(analog)
+    for path, module, site in sites(analog):
+        if parameter_of(module, site).is_meta:
+            raise PlacementError(
+                f"{path}: its weight is on the meta device, where there is nothing to clip: clip "
+                "before accelerate offloads the model, or after its hooks are removed"
+            )
     _clip_weights(analog)
 
 

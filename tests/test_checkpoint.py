@@ -642,6 +642,17 @@ def test_an_analog_model_is_no_model_to_load_into(folder):
         analogfx.load(analogfx.analogize(mlp(), MIXED), folder)
 
 
+def test_a_block_in_an_activation_checkpoint_is_saved_as_itself(tmp_path):
+    wrapping = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    digital = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    analog = analogfx.analogize(digital, {"pre_post": {"input_range": {"enable": True}}})
+    kept = {name: value.clone() for name, value in analog.state_dict().items()}
+    analog[1] = wrapping.checkpoint_wrapper(analog[1])
+    analogfx.save(analog, tmp_path)
+    loaded = analogfx.load(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), kept, rtol=0, atol=0)
+
+
 def test_a_wrapped_model_is_saved_as_itself(tmp_path):
     model = mlp()
     analog = analogfx.analogize(model, COARSE)

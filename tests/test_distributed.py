@@ -146,6 +146,31 @@ def test_scaled_gradients_of_an_optimizer_that_unscales_them_itself():
     assert model.input_range.item() == pytest.approx(start - decay * start, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str
+)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_neither_a_loss_scale_nor_accumulation_changes_the_decay_of_ranges(micro_batches, options):
+    made = ranged(init_from_data=0, init_value=50.0, decay=0.1, input_min_percentage=0.9)
+    found = []
+    for scale in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        model = analogfx.analogize(nn.Linear(4, 3), made)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, **options)
+        analogfx.prepare_training(optimizer, model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(3):
+            for x in torch.randn(12, 4).chunk(micro_batches):
+                scaler.scale(model(x).square().mean() / micro_batches).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert model.input_range.item() == pytest.approx(50.0 * (1 - 0.5 * 0.1) ** 3, rel=1e-5)
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=0)
+
+
 def test_a_compiled_step_gathers_as_eager_does():
     digital, x = layer_and_input("linear")
     plain, compiled = (analogfx.analogize(digital, CONFIGS["DAC and ADC"]) for _ in range(2))
@@ -182,6 +207,24 @@ def test_neither_ranges_nor_clips_decay():
     rest = {n for n, p in model.named_parameters() if p.requires_grad} - own
     assert {names[id(p)] for p in decaying["params"]} == rest
     assert len(analogfx.parameter_groups(nn.Linear(2, 2), 0.1)) == 1
+
+
+@pytest.mark.parametrize("decay", [None, 0.9], ids=["SWA", "EMA"])
+def test_an_average_keeps_ranges_closed(decay):
+    """With ``use_buffers=False``, which copies counts; the page says why."""
+    averages = torch.optim.swa_utils
+    model = analogfx.analogize(nn.Linear(4, 3), ranged(init_from_data=3))
+    how = {} if decay is None else {"multi_avg_fn": averages.get_ema_multi_avg_fn(decay)}
+    average = averages.AveragedModel(model, **how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    analogfx.prepare_training(optimizer, model)
+    for _ in range(6):
+        train(model, optimizer, [torch.randn(8, 4)])
+        average.update_parameters(model)
+    assert average.module.input_range_update_idx == model.input_range_update_idx == 3
+    before = average.module.input_range.clone()
+    average.train()(10 * torch.randn(8, 4))
+    assert torch.equal(average.module.input_range, before)
 
 
 def test_it_names_what_it_cannot_use():

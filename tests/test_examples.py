@@ -8,21 +8,38 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+ROOT = Path(__file__).parent.parent
+COMMAND = re.compile(r"```bash\ntorchrun (.*train_llama.*)\n```\n\n```\n((?:.*\n)+?)```")
 
 
-def test_a_llama_trains_alike_in_every_way():
+def losses(table):
+    """The curves of a table that the example printed, by name."""
+    head, *rows = [re.split(r"  +", line.strip()) for line in table.strip().splitlines()]
+    columns = zip(*(map(float, row[1:]) for row in rows), strict=True)
+    return dict(zip(head[1:], columns, strict=True))
+
+
+def test_a_llama_trains_alike_in_every_way(tmp_path):
     pytest.importorskip("transformers")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    pytest.importorskip("matplotlib")
+    pages = [ROOT / "README.md", ROOT / "docs" / "distributed.md"]
+    (said, shown), (_, shown_too) = [COMMAND.search(page.read_text()).groups() for page in pages]
+    *options, script, flag, picture = said.split()
+    assert flag == "--picture"
     run = subprocess.run(
-        [sys.executable, *launch, str(EXAMPLES / "train_llama.py")],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         *options, str(ROOT / script), flag, picture],
         capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    rows = [line.split() for line in run.stdout.splitlines() if re.match(r" *\d+ +\d", line)]
-    curves = list(zip(*(map(float, row[1:]) for row in rows), strict=True))
-    assert len(curves) == 4 and len(rows) == 10
-    assert curves[0][-1] < curves[0][0] - 0.5
-    for curve in curves[1:]:  # RMSNorm computes in float32
-        assert curve == pytest.approx(curves[0], rel=1e-6)
+    curves = losses(run.stdout)
+    alone = curves["one process"]
+    assert list(curves) == ["one process", "DDP", "FSDP2", "TP"] and len(alone) == 10
+    assert alone[-1] < alone[0] - 0.5
+    for name, curve in curves.items():  # transformers computes RMSNorm and the loss in float32
+        assert curve == pytest.approx(alone, rel=1e-6), name
+    for table in (shown, shown_too):
+        for name, curve in losses(table).items():
+            assert curve == pytest.approx(curves[name][: len(curve)], rel=1e-5), name
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

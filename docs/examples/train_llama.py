@@ -1,11 +1,13 @@
 """A tiny Llama, trained analog on several processes: the same losses whatever shares the work.
 
-    torchrun --nproc-per-node 2 docs/examples/train_llama.py
+    torchrun --nproc-per-node 2 docs/examples/train_llama.py [--picture FILE]
 
 Each process sees its own sequences. The table has the mean loss of every step: of one process that
 sees all sequences, under DistributedDataParallel, under FSDP2, and under tensor parallelism, where
-all processes see all sequences.
+all processes see all sequences. A picture of it needs matplotlib.
 """
+
+import argparse
 
 import torch
 import torch.distributed as dist
@@ -61,8 +63,36 @@ def train(model, group, ranks):
     return losses
 
 
+def draw(curves, path):
+    """The losses over each other, and how far they are from those of one process."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    above, below = FigureCanvasAgg(figure).figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    marks = zip(("-", "s", "o", "x"), (0, 11, 6, 6), curves.items(), strict=True)
+    alone = curves["one process"]
+    for mark, size, (name, losses) in marks:
+        (line,) = above.plot(losses, mark, markersize=size, fillstyle="none", label=name)
+        apart = [abs(loss - its) / its for loss, its in zip(losses, alone, strict=True)]
+        if name != "one process":
+            below.plot(apart, mark, markersize=size, fillstyle="none", color=line.get_color())
+    above.set_ylabel("loss")
+    above.legend(frameon=False)
+    below.set_ylabel("relative difference\nfrom one process")
+    below.set_xlabel("step")
+    below.margins(y=0.15)
+    for axes in (above, below):
+        axes.grid(axis="y", color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main():
-    """Train in three ways and print the losses side by side."""
+    """Train in four ways and print the losses side by side."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--picture", metavar="FILE", help="draw the losses, too")
+    picture = parser.parse_args().picture
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = dist.new_group([rank], use_local_synchronization=True)
@@ -88,6 +118,8 @@ def main():
         print("step" + "".join(f"{name:>14}" for name in curves))
         for step, losses in enumerate(zip(*curves.values(), strict=True)):
             print(f"{step:4}" + "".join(f"{loss:14.8f}" for loss in losses))
+        if picture:
+            draw(curves, picture)
     dist.destroy_process_group()
 
 

@@ -5,13 +5,16 @@ Numbers are compared with those of one process that sees the data of both, in fl
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_models import (
+    INPUTS,
     WRAPPERS,
+    Block,
     batch,
     checkpointed,
     close,
@@ -26,14 +29,18 @@ from distributed_models import (
     state,
     train,
 )
-from processes import gathered
+from processes import WORLD, alone, gathered
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Shard
+from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import analogfx
@@ -347,3 +354,122 @@ def zero(rank, folder):
     train(model, optimizer, (batch(rank, number) for number in range(STEPS)))
     same_everywhere(model)
     close(state(model), expected)
+
+
+@case("flat parameters are refused by name")
+def flat(rank, folder):
+    model = analogfx.analogize(net(), config())
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+    with pytest.raises(PlacementError, match=r"FullyShardedDataParallel.*fully_shard"):
+        prepared(wrapped)
+    whole = nn.Sequential(wrapped)
+    with pytest.raises(PlacementError, match=r"^0 is in FullyShardedDataParallel"):
+        prepared(whole)
+
+
+@case("evaluations of quantized weights use those of now, eager and compiled")
+def weights_of_now(rank, folder):
+    size = 64
+    made = {
+        "modifier": {"quantization_type": "DiscretizePerChannel", "res": 254},
+        "forward": {"inp_res": 254},
+        "pre_post": {"input_range": {"enable": True, "init_value": 3.0, "init_from_data": 0}},
+    }
+    model = analogfx.analogize(nn.Sequential(nn.Linear(size, size, bias=False)), made).eval()
+    fully_shard(model[0], mesh=mesh())
+    compiled = torch.compile(model, backend="analogfx", options={"compiler": "eager"})
+    dense = analogfx.analogize(nn.Sequential(nn.Linear(size, size, bias=False)), made).eval()
+    x = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    for seed in range(4):
+        weight = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            model[0].reshard()
+            model[0].weight.to_local().copy_(weight.chunk(2)[rank])
+            dense[0].weight.copy_(weight)
+            expected = dense(x)
+            torch.testing.assert_close(model(x), expected)
+            model[0].reshard()
+            torch.testing.assert_close(compiled(x), expected)
+
+
+# ---------------------------------------------------------------------------- pipeline stages
+
+MICROBATCHES = 4
+
+
+def stack():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(INPUTS, INPUTS) for _ in range(4))).double()
+
+
+def half(rank, made):
+    return analogfx.analogize(stack(), made)[2 * rank : 2 * rank + 2]
+
+
+def scheduled(rank, part, **shapes):
+    stage = PipelineStage(part, rank, WORLD, torch.device("cpu"), **shapes)
+    return ScheduleGPipe(stage, n_microbatches=MICROBATCHES, loss_fn=mse_loss)
+
+
+def optimizer_alone(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    analogfx.prepare_training(optimizer, model, mesh_or_group=alone())
+    return optimizer
+
+
+def run_pipeline(rank, schedule, x, y):
+    schedule.step(x) if rank == 0 else schedule.step(target=y)
+
+
+@case("a pipeline of two stages trains as their layers in a row do")
+def pipeline(rank, folder):
+    made, x = config(6), joint(0)[0]
+    y = x.flip(1)
+    dense, part = analogfx.analogize(stack(), made), half(rank, made)
+    optimizers = [optimizer_alone(dense), optimizer_alone(part)]
+    given = x.chunk(MICROBATCHES)[0]
+    between = torch.empty_like(given, requires_grad=True)
+    first = given if rank == 0 else between
+    schedule = scheduled(rank, part, input_args=(first,), output_args=(between,))
+    for _ in range(3):
+        for pieces in zip(x.chunk(MICROBATCHES), y.chunk(MICROBATCHES), strict=True):
+            (mse_loss(dense(pieces[0]), pieces[1]) / MICROBATCHES).backward()
+        run_pipeline(rank, schedule, x, y)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    close(state(part), state(dense[2 * rank : 2 * rank + 2]))
+
+
+@case("what a stage infers its shapes from poisons no range")
+def poisoned(rank, folder):
+    """torch runs a stage's forward on memory that nobody wrote where no shapes are given."""
+    filled = []
+
+    def absurd(make):
+        def poisoning(*args, **options):
+            made = make(*args, **options)
+            if made.is_floating_point() and not made.is_meta:
+                made.fill_(2e34)
+                filled.append(made.shape)
+            return made
+
+        return poisoning
+
+    part = half(rank, config(6))
+    optimizer = optimizer_alone(part)
+    schedule = scheduled(rank, part)
+    x = joint(0)[0]
+    with (
+        mock.patch.object(torch, "empty", absurd(torch.empty)),
+        mock.patch.object(torch, "empty_strided", absurd(torch.empty_strided)),
+    ):
+        run_pipeline(rank, schedule, x, x)
+    optimizer.step()
+    assert filled
+    for layer in part:
+        assert 0 < layer.input_range.item() < 30
+        assert MICROBATCHES <= layer.input_range_update_idx.item() <= MICROBATCHES + 1
