@@ -111,6 +111,7 @@ def test_every_setting_is_a_process_of_its_own(monkeypatch, capsys):
     assert [env.get("ATEN_CPU_CAPABILITY") for _, env in called] == [None, "avx2", "default"]
     assert {env["OMP_NUM_THREADS"] for _, env in called} == {"1", "2"}
     assert all(env["TRITON_INTERPRET"] == "1" for _, env in called)
+    assert len({env["TORCHINDUCTOR_CACHE_DIR"] for _, env in called}) == 3
     expected = ["--models", "ViT", "--bits", "W4A8", "W8A8", "--programs", "qdq", "--here"]
     assert all(command == expected for command, _ in called)
     failing = "avx2"
