@@ -17,6 +17,9 @@ from analogfx.adapters import hosts
 from analogfx.config import Resolved, TorchInferenceRPUConfig, as_config, doubts, resolve
 from analogfx.errors import ConfigError, Conflict, shown
 
+LONGEST_KEY = 10_000
+"""Characters that a key of a mapping may have: one of 10 MB takes half a minute to compile."""
+
 _SECONDS = 1.0
 """What one regular expression may take for all names of a model; a usual one takes milliseconds."""
 
@@ -54,8 +57,9 @@ def choose(model: nn.Module, rpu_config: Any) -> dict[str, Chosen]:
         rpu_config: see :func:`analogfx.analogize`.
 
     Raises:
-        ConfigError: a config cannot run, a pattern is none, or takes more than a second. A pattern
-            that matches no module is a warning, and so is a resolution that looks like bits.
+        ConfigError: a config cannot run, a pattern is none, is longer than :data:`LONGEST_KEY`, or
+            takes more than a second. A pattern that matches no module is a warning, and so is a
+            resolution that looks like bits.
     """
     if isinstance(rpu_config, type):
         raise ConfigError([Conflict("rpu_config", rpu_config, f"{rpu_config.__name__}(), made")])
@@ -136,6 +140,9 @@ def _matched(key: Any, names: list[str]) -> list[str]:
     """The names that a key means: an exact one, with all inside it; a glob; or ``re:`` ..."""
     if not isinstance(key, str):
         raise ConfigError([Conflict("rpu_config", key, "a module name, glob or 're:' pattern")])
+    if len(key) > LONGEST_KEY:
+        valid = f"a pattern of at most {LONGEST_KEY:,} characters, not {len(key):,}"
+        raise ConfigError([Conflict("rpu_config", key, valid)])
     if key.startswith("re:"):
         return _matched_by_expression(key, names)
     return [name for name in names if fnmatch.fnmatchcase(name, key) or key in _around(name)]

@@ -23,7 +23,7 @@ from analogfx.errors import KernelError
 from analogfx.kernels import clip, conv, experts, linear, plan, statistics
 from analogfx.kernels.linear import Gradients
 from analogfx.kernels.patches import Window
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, reference_only
 
 CHOICES = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -125,6 +125,8 @@ def _refused_dtype(dtype: torch.dtype) -> str:
 
 
 def _refused_tiles(spec: MVMSpec) -> str:
+    if reason := reference_only(spec):
+        return reason
     if spec.sums:
         return "other processes multiply the same inputs: the kernels do not stop at the DAC"
     if spec.part:

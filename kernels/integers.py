@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, reference_only
 
 _EXACT = (1 << 24) - 1
 """Integers up to which float32 holds all of them, and so all partial sums."""
@@ -45,7 +45,7 @@ def depth(spec: MVMSpec) -> int:
     """How many products of codes float32 sums exactly; 0 for a site that multiplies no codes."""
     noisy = spec.noise_std or spec.out_noise
     codes = spec.inp_res and spec.weight_states and spec.range_mode != "none"
-    if noisy or not codes or not (spec.out_bound and spec.out_res):
+    if noisy or not codes or not (spec.out_bound and spec.out_res) or reference_only(spec):
         return 0
     product = largest(states(spec.inp_res)) * largest(spec.weight_states)
     found = _EXACT // max(product, 1)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from analogfx.errors import KernelError
 from analogfx.kernels import integers, prepared
 from analogfx.kernels import reference as ref
-from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.kernels.spec import MVMSpec, encode, reference_only
 from analogfx.kernels.weights import code_scale, maxima, modified_weight, scale, tiles
 
 AddNoise = Callable[[int, Tensor, Tensor], None]
@@ -73,7 +74,12 @@ def make(
         input_range: (k,), None unless the range is static or fast.
         clip: (k, O) or None.
         spec: of one group.
+
+    Raises:
+        KernelError: the spec has a scalar of ``spec.REFERENCE_ONLY``.
     """
+    if reason := reference_only(spec):
+        raise KernelError(f"a recurrent layer cannot run: {reason}")
     depth = integers.depth(spec)
     text = encode(spec)
     if spec.range_mode == "dynamic" or (depth and max(spec.in_sizes) > depth):

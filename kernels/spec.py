@@ -66,6 +66,23 @@ class MVMSpec(NamedTuple):
         return len(self.in_sizes) == 1 and not (self.out_noise or self.out_bound)
 
 
+REFERENCE_ONLY: frozenset[str] = frozenset()
+"""Scalars that the explicit ops and :mod:`analogfx.kernels.linear` compute, and nothing else yet.
+
+A new scalar starts here. Where it is on, the Triton kernels and prepared weights leave the site to
+the reference, no sum is taken for one of integer codes, and recurrent layers and files refuse it.
+"""
+
+
+def reference_only(spec: MVMSpec) -> str:
+    """Why only the reference computes a site; empty where others do, too."""
+    if not REFERENCE_ONLY:
+        return ""
+    off = MVMSpec._field_defaults
+    names = ", ".join(n for n in sorted(REFERENCE_ONLY) if getattr(spec, n) != off[n])
+    return f"only the reference computes {names}" if names else ""
+
+
 _Spec = TypeVar("_Spec", bound=tuple)
 
 

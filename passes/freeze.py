@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from analogfx import ops
 from analogfx.kernels import dispatch, patches, prepared
-from analogfx.kernels.spec import encode
+from analogfx.kernels.spec import encode, reference_only
 from analogfx.passes.contract import Context, sweep
 from analogfx.passes.frozen import is_frozen, keep
 from analogfx.passes.sites import FusedSite, fused_sites, raw_input, switches_mode
@@ -52,6 +52,8 @@ def _objection(site: FusedSite, context: Context) -> str:
     _, weight, bias, input_range, clip, seed, *_ = site.node.args
     if seed is not None or site.spec.keep:
         return "the site is in training mode"
+    if reason := reference_only(site.spec):
+        return reason
     if _served_by_kernels(site):
         return "the Triton kernels serve it as one op"
     if any(map(switches_mode, site.node.graph.nodes)):

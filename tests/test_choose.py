@@ -6,6 +6,7 @@ from samples import COARSE, TILES, Deep, analog_names, merged, statuses
 
 import analogfx
 from analogfx import recipes
+from analogfx.choose import LONGEST_KEY
 from analogfx.errors import ConfigError
 
 CHOICES = {
@@ -72,8 +73,10 @@ BAD_CHOICES = {
     "a recipe that was not called": (
         recipes.afm, "expected afm(), with parentheses, or a callable of (name, module)"),
     "a callable of one": (lambda name: None, "expected a callable of (name, module)"),
-    "an expression of 10 MB": ({"re:(" + "x" * 10_000_000: COARSE}, "a regular expression"),
-    "nested too deep": ({"re:" + "(" * 100_000: COARSE}, "a regular expression"),
+    "an expression of 10 MB": ({"re:" + "x" * 10_000_000: COARSE}, "at most 10,000 characters"),
+    "a glob of 10 MB": ({"x" * 10_000_000: COARSE}, "at most 10,000 characters, not 10,000,000"),
+    "a pattern longer by one": ({"x" * (LONGEST_KEY + 1): COARSE}, "not 10,001"),
+    "nested too deep": ({"re:" + "(" * 9_000: COARSE}, "a regular expression"),
     "a field of 10 MB": ({"forward": {"x" * 10_000_000: 3}}, "a field of IOParameters"),
     "a value of 10 MB": ({"forward": {"inp_res": "x" * 10_000_000}}, "a value of type float"),
     "a thousand unknown fields": ({"forward": {f"f{i}": 1 for i in range(1000)}}, "950 more"),
@@ -100,9 +103,9 @@ def test_bad_choices_are_refused_before_anything_is_touched(name, inplace):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_long_pattern_that_matches_nothing_is_a_short_warning():
+def test_the_longest_pattern_that_matches_nothing_is_a_short_warning():
     with pytest.warns(UserWarning, match="matches no module") as told:
-        analogfx.analogize(Deep(1), {"x" * 10_000_000: COARSE})
+        analogfx.analogize(Deep(1), {"x" * LONGEST_KEY: COARSE})
     assert len(str(told[0].message)) < 1000
 
 

@@ -14,9 +14,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from analogfx.config import resolve
+from analogfx.errors import OnnxError
 from analogfx.kernels import integers
 from analogfx.kernels import reference as ref
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, reference_only
 from analogfx.kernels.weights import code_scale
 from analogfx.onnx.calls import SiteCall
 from analogfx.onnx.grid import grid_of
@@ -98,7 +99,12 @@ def program(name: str, call: SiteCall, opset: int, noise: bool) -> Programmed:
     Args:
         opset: 4-bit codes need 21; below it they are stored in 8 bits.
         noise: keep the strengths of the config's training noise.
+
+    Raises:
+        OnnxError: the site has a scalar of ``kernels.spec.REFERENCE_ONLY``.
     """
+    if reason := reference_only(call.spec):
+        raise OnnxError(f"{name}: a file cannot hold the site: {reason}")
     spec = _spec(call, noise)
     codes = _code_type(spec, opset)
     peaks = _peaks(call, spec) if spec.weight_states or _reads_peaks(spec) else None

@@ -11,12 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForI
 
 import analogfx
 from analogfx.errors import CaptureError, ConfigError
+from analogfx.passes import pipeline
 
-EVERY_PASS = [
-    "expand", "respell", "normalize", "delegate", "select", "insert", "map_tiles", "lower",
-    "skip_identity", "skip_dropout", "freeze", "share_input", "convert_once", "epilogue",
-    "skip_conversion",
-]  # fmt: skip
+EVERY_PASS = [p.__name__ for p in (*pipeline.EXPLICIT, *pipeline.FUSED, *pipeline.WHOLE_GRAPH)]
 
 
 def counts(explanation):

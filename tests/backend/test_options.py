@@ -10,15 +10,13 @@ import analogfx
 from analogfx.backend.options import parse
 from analogfx.errors import ConfigError
 from analogfx.kernels import prepared
+from analogfx.passes.pipeline import WHOLE_GRAPH
 
 
 def test_defaults():
     options = parse(None)
     assert (options.freeze, options.report, options.compiler) == (True, False, "inductor")
-    assert [p.__name__ for p in options.pipeline()] == [
-        "skip_identity", "skip_dropout", "freeze", "share_input", "convert_once", "epilogue",
-        "skip_conversion",
-    ]  # fmt: skip
+    assert tuple(options.pipeline()) == WHOLE_GRAPH
 
 
 @pytest.mark.parametrize(

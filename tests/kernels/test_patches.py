@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,3 +121,17 @@ def test_an_image_without_a_batch_axis():
     assert patches.with_batch(x[None], 2).shape == (1, 3, 4, 5)
     assert patches.like_batch(x[None], x, 2).shape == (3, 4, 5)
     assert patches.like_batch(x[None], x[None], 2).shape == (1, 3, 4, 5)
+
+
+def test_counts_of_patches_of_ever_new_lengths_are_not_kept():
+    window = Window([3], [1], [1], [1])
+    patches.multiplicity(torch.empty(1, 1, 999), window)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for length in range(5_000, 5_040):
+            patches.multiplicity(torch.empty(1, 1, length, device="meta"), window)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000  # one number kept for each position is more than a megabyte

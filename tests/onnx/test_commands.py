@@ -8,6 +8,7 @@ import onnx_cases as cases
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 import analogfx
 from analogfx import cli
@@ -69,6 +70,61 @@ def test_a_transformers_folder_needs_no_factory(tmp_path, capsys):
         "attention_mask",
     ]
     assert "8 sites on 8 tiles" in capsys.readouterr().out
+
+
+def llama_folder(tmp_path):
+    """A checkpoint of a Llama whose converters and weights are quantized, with its config.json."""
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    analog = analogfx.analogize(model, cases.CONFIGS["int4"])
+    analogfx.save(analog, tmp_path / "llama")
+    config.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_golden_writes_so_many_calls_that_the_reader_finds(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "factory", cases)
+    out = tmp_path / "model.onnx"
+    given = ("export", "--model", "factory:mlp", "--checkpoint", checkpoint, "--input", "3,12")
+    call(*given, "--out", out, "--golden", 4)
+    with safe_open(f"{out}.golden.safetensors", "np") as golden:
+        shapes = {name: golden.get_slice(name).get_shape() for name in golden.keys()}  # noqa: SIM118
+    assert {shape[0] for shape in shapes.values()} == {4}
+    assert next(shape for name, shape in shapes.items() if "input/" in name) == [4, 3, 12]
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "examples"))
+    import golden as reader
+
+    assert reader.check(str(out)) == 4 * 3 * (9 + 5)
+    call(*given, "--out", tmp_path / "plain.onnx")
+    assert not list(tmp_path.glob("plain.onnx.golden*"))
+
+
+def test_a_number_of_golden_calls_that_is_none(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "factory", cases)
+    with pytest.raises(OnnxError, match="golden"):
+        call("export", "--model", "factory:mlp", "--checkpoint", checkpoint, "--input", "3,12",
+             "--out", tmp_path / "m.onnx", "--golden", -1)  # fmt: skip
+    assert not list(tmp_path.glob("m.onnx*"))
+
+
+def test_cache_brings_keys_and_values_in_and_out(tmp_path):
+    out = tmp_path / "model.onnx"
+    call("export", "--checkpoint", llama_folder(tmp_path), "--input", "i:2,5", "--out", out,
+         "--cache", "--opset", 21)  # fmt: skip
+    graph = onnx.load(out).graph
+    names = ["past_key_values.0.key", "past_key_values.0.value"]
+    assert [i.name for i in graph.input] == ["input_ids", "attention_mask", *names]
+    assert [o.name for o in graph.output] == ["logits", "present.0.key", "present.0.value"]
+
+
+def test_a_model_without_a_cache_is_told(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "factory", cases)
+    with pytest.raises(OnnxError, match="cache"):
+        call("export", "--model", "factory:mlp", "--checkpoint", checkpoint, "--input", "1,12",
+             "--out", tmp_path / "m.onnx", "--cache")  # fmt: skip
 
 
 def test_models_that_cannot_be_made(checkpoint, tmp_path, monkeypatch):

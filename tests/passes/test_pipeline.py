@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 from samples import (
     CONFIGS,
@@ -81,3 +84,10 @@ def test_decisions_are_in_the_graphs_order():
     graph, _ = after(ALL, module, IDENTITY)
     found = [(d.name, d.status) for d in pipeline.decisions(graph)]
     assert found == [("first", "digital"), ("second", "analog"), ("third", "analog")]
+
+
+def test_the_page_lists_the_passes_of_a_whole_graph_in_their_order():
+    page = Path(__file__).parents[2].joinpath("docs", "compile.md").read_text()
+    table = page.split("| pass | what it does | when |")[1].split("\n\n")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert listed == [step.__name__ for step in pipeline.WHOLE_GRAPH]
