@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from analogfx.chip.record import Record
@@ -52,7 +53,7 @@ class GlobalDriftCompensation(BaseDriftCompensation):
     """One factor for each tile, from its mean magnitude."""
 
     def readout(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return weights.abs().mean()
+        return _mean(weights.flatten())
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PerColumnDriftCompensation(BaseDriftCompensation):
     """One factor for each output of each tile, from its mean magnitude."""
 
     def readout(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return weights.abs().mean(-1)
+        return _mean(weights)
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,15 @@ class GlobalDriftCompensationWithExactReference(GlobalDriftCompensation):
 
     def baseline(self, target: Tensor, programmed: Tensor) -> Tensor:  # noqa: D102
         return self.readout(target)
+
+
+_BITS = 30
+"""Of a reading, relative to the largest weight."""
+
+
+def _mean(weights: Tensor) -> Tensor:
+    """Mean magnitudes along the last axis, of integers: floats add up to what their order gives."""
+    size = weights.abs()
+    unit = torch.exp2(_BITS - torch.frexp(size.amax().clamp_min(1e-30)).exponent.double())
+    total = size.double().mul_(unit).round_().to(torch.int64).sum(-1)
+    return total.double().div_(unit * weights.shape[-1]).to(weights.dtype)
