@@ -9,6 +9,7 @@ themselves, at high precision, and not through the tile's converters.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,8 @@ class GlobalDriftCompensation(BaseDriftCompensation):
     """One factor for each tile, from its mean magnitude."""
 
     def readout(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return _mean(weights.flatten())
+        sums, unit = _sums(weights)
+        return sums.sum().double().div_(unit * weights.numel()).to(weights.dtype)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class PerColumnDriftCompensation(BaseDriftCompensation):
     """One factor for each output of each tile, from its mean magnitude."""
 
     def readout(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return _mean(weights)
+        sums, unit = _sums(weights)
+        return sums.double().div_(unit * weights.shape[1]).to(weights.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,17 @@ class GlobalDriftCompensationWithExactReference(GlobalDriftCompensation):
 
 _BITS = 30
 """Of a reading, relative to the largest weight."""
+_AT_ONCE = 1 << 16
+"""Weights that are read at a time: what fits into a cache."""
 
 
-def _mean(weights: Tensor) -> Tensor:
-    """Mean magnitudes along the last axis, of integers: floats add up to what their order gives."""
-    size = weights.abs()
-    unit = torch.exp2(_BITS - torch.frexp(size.amax().clamp_min(1e-30)).exponent.double())
-    total = size.double().mul_(unit).round_().to(torch.int64).sum(-1)
-    return total.double().div_(unit * weights.shape[-1]).to(weights.dtype)
+def _sums(weights: Tensor) -> tuple[Tensor, float]:
+    """Sums of magnitudes (O,), and how many units 1 has.
+
+    Of integers, because sums of floats depend on their order.
+    """
+    peak = max(float(weights.max()), -float(weights.min()), 1e-20)
+    unit = math.ldexp(1.0, _BITS - math.frexp(peak)[1])
+    parts = weights.split(max(_AT_ONCE // weights.shape[1], 1))
+    sums = [part.abs().mul_(unit).round_().to(torch.int64).sum(-1) for part in parts]
+    return torch.cat(sums), unit
