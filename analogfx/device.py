@@ -5,10 +5,11 @@ Nothing of a model is written to: inside ``at`` its products multiply by what th
 everything else that reads a weight (a tied embedding, a checkpoint) finds the exact one.
 
 Random numbers are drawn on the CPU whatever the model's device, each by a key made of the seed,
-the site, its tile, the step (programming, drift, a reading) and the number of the draw in it; so a
-chip is the same on every machine, and times can be asked for in any order. Noise that every product
-draws is drawn where the model is, by a key made of the seed, the site, the reading and the number
-of the product in it.
+the site, its tile, the step (programming, drift, a reading) and the number of the draw in it; so
+times can be asked for in any order. What a chip holds does not depend on threads or on the
+processor's instructions: NumPy draws in float64, the formulas are free of fused multiply-adds, and
+compensation adds up integers. Noise that every product draws is drawn where the model is, by a key
+made of the seed, the site, the reading and the number of the product in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +39,6 @@ from analogfx.chip.record import read as read_record
 from analogfx.errors import CaptureError, CheckpointError, ConfigError, Conflict
 from analogfx.held import Held, holding
 from analogfx.kernels import held as kernel
-from analogfx.kernels import noise
 from analogfx.log import logger
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite, Lowered
@@ -175,18 +175,29 @@ class Device:
         weight = torch.empty_like(site.target)
         variance = torch.empty_like(site.target) if by_product else None
         compensation = site.compensation
-        gain = None
+        programmed = gain = None
         if compensation is not None:
+            programmed = torch.empty_like(site.target)
             gain = site.target.new_empty(len(site.in_sizes), site.target.shape[0])
+        converter = site.model.g_converter
         for number, column, rows, inputs in site.tiles():
-            target = site.target[rows, inputs]
-            key = f"{self.seed}/{site.name}/{number}"
-            programmed, now, of_now = _read_tile(site.model, target, key, seconds, read, by_product)
-            weight[rows, inputs] = now
-            if variance is not None:
-                variance[rows, inputs] = of_now
-            if compensation is not None and gain is not None:
-                gain[column, rows] = compensation.factor(target, programmed, now)
+            of_tile = (rows, inputs)
+            tile = _Tile(site, f"{self.seed}/{site.name}/{number}", of_tile)
+            now = weight[of_tile]
+            first = None if programmed is None else programmed[of_tile]
+            for one in tile.blocks():
+                begun, g, spread = tile.reading(one, seconds, read, by_product)
+                now[one.place] = converter.to_weights(g, one.scale)
+                if first is not None:
+                    first[one.place] = converter.to_weights(begun, one.scale)
+                if variance is not None:
+                    part = variance[of_tile][one.place]
+                    if spread is None:
+                        part.zero_()
+                    else:
+                        part.copy_(converter.variance(spread, one.scale))
+            if compensation is not None and gain is not None and first is not None:
+                gain[column, rows] = compensation.factor(site.target[of_tile], first, now)
         deviation = site.deviation if output_noise else None
         return Held(
             weight.view(site.shape),
@@ -216,15 +227,17 @@ class Device:
         for site in self._sites:
             whole, scales = None, []
             for number, _, rows, inputs in site.tiles():
-                target = site.target[rows, inputs]
-                goal, scale = site.model.g_converter.to_conductances(target)
-                if seconds is not None:
-                    key = f"{self.seed}/{site.name}/{number}"
-                    goal = _programmed_and_now(site.model, goal, key, float(seconds), read)[1]
-                if whole is None:
-                    whole = target.new_empty(len(goal), *site.target.shape)
-                whole[:, rows, inputs] = goal.view(len(goal), *target.shape)
-                scales.append(scale)
+                tile = _Tile(site, f"{self.seed}/{site.name}/{number}", (rows, inputs))
+                scales.append(tile.scale)
+                for one in tile.blocks():
+                    if seconds is None:
+                        g = one.goal
+                    else:
+                        g = tile.reading(one, float(seconds), read, by_product=False)[1]
+                    if whole is None:
+                        whole = g.new_empty(len(g), *site.target.shape)
+                    down, across = one.place
+                    whole[:, rows, inputs][:, down, across] = g
             assert whole is not None
             found[site.name] = whole, scales
         return found
@@ -380,78 +393,108 @@ def key(*parts: object) -> int:
 
 
 class _Draws:
-    """The random numbers of one step of one tile."""
+    """The random numbers of one step of one block of devices."""
 
-    def __init__(self, tile: str, step: str) -> None:
-        self.tile, self.step = tile, step
+    def __init__(self, block: str, step: str) -> None:
+        self.block, self.step = block, step
         self.count = itertools.count()
 
     def __call__(self, like: Tensor, name: str = "") -> Tensor:
-        parts = (self.tile, name) if name else (self.tile, self.step, next(self.count))
-        seed = torch.tensor(key(*parts))
-        return noise.normal(seed, 0, like.shape, like.dtype).to(like.device)
+        parts = (self.block, name) if name else (self.block, self.step, next(self.count))
+        # ATen's own normal values depend on the instruction set. These are made of integers and of
+        # float64, but for one in some thousands, which takes a logarithm in float64.
+        from numpy.random import SFC64, Generator  # late: only a chip needs it
+
+        values = _buffer(like.numel())
+        Generator(SFC64(key(*parts))).standard_normal(out=values.numpy())
+        return values.to(like, copy=True).view(like.shape)
 
 
-_BLOCK = 1 << 14
+def _buffer(size: int) -> Tensor:
+    """A thread's own memory for so many values: what is new costs more than what is drawn."""
+    held: Tensor | None = getattr(_thread, "values", None)
+    if held is None or size > len(held):
+        with torch.inference_mode(False):
+            held = _thread.values = torch.empty(max(size, _BLOCK), dtype=torch.float64)
+    return held[:size]
+
+
+_thread = threading.local()
+
+
+_BLOCK = 1 << 16
 """Devices of a tile that are computed at a time. Part of what a chip is: never tuned.
 
-Below the size at which torch splits an operation over threads, whose seams would show in the last
-bit; and small enough for a cache.
+Small enough for a cache, and large enough that calls do not cost more than arithmetic.
 """
+
+
+class _Block(NamedTuple):
+    """A part of a tile whose devices are computed at a time."""
+
+    key: str
+    place: tuple[slice, slice]
+    """Of its weights in the tile."""
+    goal: Tensor
+    """(n, o, i) conductances that its devices were asked to hold."""
+    scale: Tensor
+    """What the converter must know of its weights."""
+
+
+class _Tile:
+    """The devices of one tile of a site."""
+
+    def __init__(self, site: _Site, key: str, of_site: tuple[slice, slice]) -> None:
+        self.key, self.model, self.target = key, site.model, site.target[of_site]
+        self.scale = site.model.g_converter.scale(self.target)
+
+    def blocks(self) -> Iterator[_Block]:
+        """Blocks of whole rows, or of a part of one."""
+        outputs, inputs = self.target.shape
+        converter = self.model.g_converter
+        width = max(min(inputs, _BLOCK), 1)
+        height = max(_BLOCK // (width * converter.devices), 1)
+        places = itertools.product(_pieces(outputs, height), _pieces(inputs, width))
+        for number, place in enumerate(places):
+            # A scale of every row has the rows where the weights have them.
+            scale = self.scale if self.scale.dim() < 2 else self.scale[..., place[0], :]
+            goal = converter.conductances(self.target[place], scale)
+            yield _Block(f"{self.key}/{number}", place, goal, scale)
+
+    def reading(
+        self, block: _Block, seconds: float, read: int, by_product: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Conductances (n, o, i) of a block: as programmed, and as a reading finds them.
+
+        Args:
+            by_product: leave read noise to the products, and return its standard deviation, too;
+                None for no read noise.
+        """
+        model, shape = self.model, block.goal.shape
+        target = block.goal.flatten(1)
+        programmed = model.programmed(target, _Draws(block.key, "program"))
+        exponents = model.drift(target, _Draws(block.key, "drift"))
+        draws = _Draws(block.key, f"read/{seconds!r}/{read}")
+        spread = None
+        if by_product:
+            now, spread = model.reading(programmed, exponents, seconds, draws)
+        else:
+            now = model.at(programmed, exponents, seconds, draws)
+        return (
+            programmed.view(shape),
+            now.view(shape),
+            None if spread is None else spread.view(shape),
+        )
+
+
+def _pieces(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _calls(text: str, device: torch.device) -> Tensor:
     """What counts the products of a site in one reading, from a seed on."""
     with torch.inference_mode(False):  # or no product outside of that mode could count
         return torch.tensor(key(text), device=device)
-
-
-def _read_tile(
-    model: NoiseModel, target: Tensor, tile: str, seconds: float, read: int, by_product: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of one tile after programming, as a reading finds them, and their variance.
-
-    Args:
-        by_product: leave read noise to the products; else the variance has no elements.
-    """
-    goal, scale = model.g_converter.to_conductances(target)
-    *found, spread = _programmed_and_now(model, goal, tile, seconds, read, by_product)
-    first, last = (model.g_converter.to_weights(g.view(goal.shape), scale) for g in found)
-    if not by_product:
-        return first, last, spread
-    return first, last, model.g_converter.variance(spread.view(goal.shape), scale)
-
-
-def _programmed_and_now(
-    model: NoiseModel,
-    goal: Tensor,
-    tile: str,
-    seconds: float,
-    read: int,
-    by_product: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The conductances of one tile after programming, and as a reading finds them: (n, O * I).
-
-    The third is the standard deviation of the read noise that products draw, without elements
-    where the reading has it.
-    """
-    flat = goal.flatten(1)
-    programmed, now = torch.empty_like(flat), torch.empty_like(flat)
-    spread = torch.zeros_like(flat) if by_product else flat.new_empty(0)
-    size = max(_BLOCK // max(len(flat), 1), 1)
-    for number, start in enumerate(range(0, flat.shape[1], size)):
-        block = (slice(None), slice(start, start + size))
-        one, key = flat[block].contiguous(), f"{tile}/{number}"
-        programmed[block] = begun = model.programmed(one, _Draws(key, "program"))
-        exponents = model.drift(one, _Draws(key, "drift"))
-        draws = _Draws(key, f"read/{seconds!r}/{read}")
-        if by_product:
-            now[block], of_block = model.reading(begun, exponents, seconds, draws)
-            if of_block is not None:
-                spread[block] = of_block
-        else:
-            now[block] = model.at(begun, exponents, seconds, draws)
-    return programmed, now, spread
 
 
 def key_of(path: str, site: AnalogSite) -> str:

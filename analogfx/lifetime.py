@@ -15,7 +15,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from analogfx import files
-from analogfx.device import key, program
+from analogfx.chip.compensation import BaseDriftCompensation
+from analogfx.chip.model import NoiseModel
+from analogfx.chip.record import read as read_record
+from analogfx.device import program
+from analogfx.journal import Journal, fingerprint
+from analogfx.measure import chip_seed, measure
 from analogfx.page.charts import band
 from analogfx.page.document import Document
 from analogfx.unset import warn_unset
@@ -152,21 +157,26 @@ def evaluate(
     progress: bool = True,
     read_noise: str = "readout",
     output_noise: bool = False,
+    file: str | os.PathLike[str] | None = None,
 ) -> Lifetime:
     """Measure a model on many chips, at several times after programming.
 
     Args:
         analog: the analog model, in eval mode. Untouched.
         metric: a number for a model, from data that it knows: ``accuracy(model) -> float``. It
-            runs without gradients.
+            runs without gradients; what it draws from torch's CPU generator is the same each time.
         noise_model, compensation: see :func:`analogfx.program`; None: as the configs say.
         times: seconds after programming.
         chips: how many to program, each by a seed of its own that ``seed`` gives.
         progress: show a bar.
         read_noise, output_noise: see :meth:`analogfx.Device.at`.
+        file: measurements are added to it, and taken from it by a later run of the same model,
+            configs, noise and seed: one that was cut off goes on, and chips and times can be
+            added. One file for each metric.
 
     Raises:
         ValueError: no times, no chips, or the model is in training mode.
+        CheckpointError: the file is of another run.
         ConfigError, TypeError, ValueError: see :func:`analogfx.program` and
             :meth:`analogfx.Device.at`.
     """
@@ -176,17 +186,36 @@ def evaluate(
     if analog.training:
         raise ValueError(f"{type(analog).__name__} is in training mode: call eval() first")
     warn_unset(analog, stacklevel=3)
+    model = None if noise_model is None else read_record(NoiseModel, noise_model, "noise_model")
+    if compensation is not None:
+        compensation = read_record(BaseDriftCompensation, compensation, "compensation")
+    subject = {
+        "noise_model": str(model),
+        "compensation": str(compensation),
+        "read_noise": read_noise,
+        "output_noise": output_noise,
+        "seed": seed,
+        "model": fingerprint(analog),
+    }
+    journal = Journal(file, subject)
+    if "exact" not in journal:
+        journal["exact"] = measure(metric, analog, seed)
+    # A time that is asked for twice is read twice.
+    readings = [(time, times[:place].count(time)) for place, time in enumerate(times)]
     rows = []
-    with torch.no_grad(), tqdm(total=chips * len(times), desc="chips", disable=not progress) as bar:
-        exact = float(metric(analog))
+    with tqdm(total=chips * len(times), desc="chips", disable=not progress) as bar:
         for chip in range(chips):
-            own = key(seed, "chip", chip)
-            device = program(analog, noise_model, compensation, own)
-            for time in times:
-                with device.at(time, read_noise=read_noise, output_noise=output_noise):
-                    rows.append(Row(chip, own, time, float(metric(analog))))
+            own = chip_seed(seed, chip)
+            device = None
+            for time, read in readings:
+                name = f"chip {chip}, {time!r} s, reading {read}"
+                if name not in journal:
+                    device = device or program(analog, model, compensation, own)
+                    with device.at(time, read, read_noise, output_noise):
+                        journal[name] = measure(metric, analog, seed)
+                rows.append(Row(chip, own, time, journal[name]))
                 bar.update()
-    return Lifetime(times, tuple(rows), exact)
+    return Lifetime(times, tuple(rows), journal["exact"])
 
 
 def seconds(text: str) -> float:

@@ -30,6 +30,7 @@ COMPENSATION: dict[str, Any] = {
     "exact": chip.GlobalDriftCompensationWithExactReference,
 }
 FILES = ("life.json", "life.csv", "life.png")
+JOURNAL = "life.journal"
 
 
 class CommandError(AnalogfxError):
@@ -61,6 +62,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--chips", type=int, default=25, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help=f"keep measurements in DIR/{JOURNAL}, and go on from those that are there",
+    )
     parser.add_argument("--html", action="store_true", help="write life.html, too")
     parser.set_defaults(run=_run)
 
@@ -77,6 +83,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.chips < 1:
         raise CommandError(f"--chips {arguments.chips}: expected 1 or more")
     analog = load(factory(), arguments.checkpoint).eval()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     life = evaluate(
         analog,
         metric,
@@ -87,8 +94,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.seed,
         read_noise=arguments.read_noise,
         output_noise=arguments.output_noise,
+        file=arguments.out / JOURNAL if arguments.resume else None,
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     record, table, picture = (arguments.out / name for name in FILES)
     life.to_json(record)
     life.to_csv(table)

@@ -1,7 +1,11 @@
 import copy
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,6 @@ from torch import nn
 import analogfx
 from analogfx import chip, files
 from analogfx.errors import CheckpointError, ConfigError
-from analogfx.kernels import noise
 
 PCM = chip.PCMLikeNoiseModel()
 TIMES = (0.0, 3600.0, 86400.0)
@@ -358,7 +361,7 @@ def test_end_to_end_with_aihwkits_torch_tile(monkeypatch):
     reference = convert_to_analog(digital, rules).eval()
     monkeypatch.setattr(pcm, "randn_like", torch.ones_like)
     monkeypatch.setattr(
-        noise, "normal", lambda seed, stream, shape, dtype: torch.ones(shape, dtype=dtype)
+        analogfx.device._Draws, "__call__", lambda draw, like: torch.ones_like(like)
     )
     analog = analogfx.analogize(digital, analogfx.TorchInferenceRPUConfig()).eval()
     device = analogfx.program(analog, reference_model, GlobalDriftCompensation())
@@ -418,3 +421,71 @@ def test_another_saver_tidies_around_a_chip_that_is_being_saved(tmp_path, monkey
     device.save(tmp_path)
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
     analogfx.load_device(analog, tmp_path)
+
+
+MODELS = (
+    PCM,
+    chip.HermesNoiseModel(),
+    chip.StuckAtNoiseModel(chip.StateIndependentNoiseModel(), at_g_min=0.1, at_g_max=0.1),
+    chip.ReRamCMONoiseModel(),
+    chip.ReRamWan2022NoiseModel(g_converter=chip.NPairConductanceConverter([1.0, 3.0])),
+    chip.FoundationNoiseModel(),
+    chip.CustomDriftPCMLikeNoiseModel(
+        g_converter=chip.CustomPairConductanceConverter(),
+        custom_drift_model={
+            "g_lst": [0.0, 7.0, 25.0],
+            "nu_mean_lst": [0.1, 0.06, 0.05],
+            "nu_std_lst": [0.05, 0.03, 0.01],
+        },
+    ),
+)
+
+
+def layers():
+    """One for each noise model, of more devices than are computed at a time."""
+    torch.manual_seed(0)
+    compensation = chip.GlobalDriftCompensation(), chip.PerColumnDriftCompensation()
+    rules = {
+        str(n): config(noise_model, compensation[n % 2], max_input_size=150, max_output_size=-1)
+        for n, noise_model in enumerate(MODELS)
+    }
+    net = nn.Sequential(*(nn.Linear(300, 300) for _ in MODELS))
+    return analogfx.analogize(net, rules, strict=True).eval()
+
+
+def seen_of(device, analog):
+    """What a chip holds, its factors, and what the model computes with them."""
+    seen = {}
+    for seconds in (0.0, 1.0, 1e5):
+        with device.at(seconds, read=0), torch.no_grad():
+            seen[f"{seconds}/out"] = analog(torch.linspace(-1, 1, 600).view(2, 300))
+            for number, layer in enumerate(analog):
+                (held,) = analogfx.held.of(layer._analog)
+                seen |= {f"{seconds}/{number}": held.weight, f"{seconds}/{number}/gain": held.gain}
+    return seen
+
+
+def test_a_chip_holds_the_same_bits_in_another_process(tmp_path):
+    """With other instructions and threads, too; outputs have the same bits with the same ones."""
+    analog = layers()
+    device = analogfx.program(analog, seed=5)
+    device.save(tmp_path / "chip")
+    expected = seen_of(device, analog)
+    code = (
+        "import sys, torch, analogfx, test_device as t; analog = t.layers();"
+        "device = analogfx.load_device(analog, sys.argv[1]);"
+        "torch.save(t.seen_of(device, analog), sys.argv[2])"
+    )
+    plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    other = {"ATEN_CPU_CAPABILITY": "avx2" if plain else "default", "OMP_NUM_THREADS": "3"}
+    here = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for case, changed in (("here", here), ("there", other)):
+        path = tmp_path / f"{case}.pt"
+        command = [sys.executable, "-c", code, str(tmp_path / "chip"), str(path)]
+        surroundings = os.environ | changed | {"PYTHONPATH": str(Path(__file__).parent)}
+        subprocess.run(command, check=True, timeout=120, env=surroundings)
+        found = torch.load(path)
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            if case == "here" or "out" not in name:
+                assert torch.equal(value, expected[name]), (case, name)

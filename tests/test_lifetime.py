@@ -10,7 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import analogfx
 from analogfx import chip
+from analogfx.errors import CheckpointError
 from analogfx.lifetime import Lifetime, Row, named, seconds
+
+PCM = chip.PCMLikeNoiseModel()
 
 
 @pytest.fixture
@@ -82,6 +85,51 @@ def test_a_single_chip_has_no_spread(analog):
     life = measure(analog, chips=1)
     assert all(math.isnan(v) for v in life.std)
     assert json.loads(life.to_json())["std"] == [None, None]
+
+
+def test_a_run_that_was_cut_off_goes_on(analog, tmp_path):
+    calls = []
+
+    def drawn(model):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(model)
+        return loss(model) + torch.rand(())
+
+    file = tmp_path / "life.journal"
+    with pytest.raises(KeyboardInterrupt):
+        analogfx.evaluate(analog, drawn, PCM, times=(1, 9, 9), chips=2, progress=False, file=file)
+    with file.open("a") as stream:
+        stream.write('{"key": "chip 1, 9.0 s')  # cut short
+    calls[:] = [None] * 6
+    life = analogfx.evaluate(
+        analog, drawn, PCM, times=(1, 9, 9), chips=2, progress=False, file=file
+    )
+    assert len(calls) == 8  # two of the seven were left
+    whole = analogfx.evaluate(
+        analog, lambda m: loss(m) + torch.rand(()), PCM, times=(1, 9, 9), chips=2, progress=False
+    )
+    assert life == whole and len({row.value for row in life.rows}) == 6
+    more = analogfx.evaluate(analog, drawn, PCM, times=(1, 9), chips=3, progress=False, file=file)
+    assert more.rows[:2] == life.rows[:2] and len(calls) == 10  # a chip more
+
+
+def test_the_file_tells_runs_apart(analog, tmp_path):
+    file = tmp_path / "life.journal"
+    measure(analog, file=file)
+    for changed in ({"noise_model": chip.HermesNoiseModel()}, {"seed": 1}, {"output_noise": True}):
+        with pytest.raises(CheckpointError, match="another model, config"):
+            measure(analog, file=file, **changed)
+    rules = analogfx.TorchInferenceRPUConfig()
+    rules.mapping.max_input_size = 25
+    torch.manual_seed(0)
+    other = analogfx.analogize(nn.Linear(50, 40), rules).eval()
+    with pytest.raises(CheckpointError, match="another model, config"):
+        measure(other, file=file)
+    with torch.no_grad():
+        analog.weight.mul_(2)
+    with pytest.raises(CheckpointError, match="another model, config"):
+        measure(analog, file=file)
 
 
 def test_what_cannot_be_measured_is_refused(analog):

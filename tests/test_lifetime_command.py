@@ -56,6 +56,18 @@ def test_a_lifetime_from_a_checkpoint(folder, capsys):
     }
 
 
+def test_a_lifetime_goes_on(folder, capsys):
+    assert main([*arguments(chips="1"), "--resume"]) == 0
+    journal = (folder / "results" / "life.journal").read_text()
+    first = json.loads((folder / "results" / "life.json").read_text())["rows"]
+    assert main([*arguments(), "--resume"]) == 0
+    after = (folder / "results" / "life.journal").read_text()
+    assert after.startswith(journal) and after.count("\n") == 1 + 1 + 6
+    assert json.loads((folder / "results" / "life.json").read_text())["rows"][:3] == first
+    assert main([*arguments(noise="hermes"), "--resume"]) == 2
+    assert "name another file" in capsys.readouterr().err
+
+
 def test_noise_in_products(folder, capsys):
     records = []
     for extra in ([], ["--read-noise", "product"]):

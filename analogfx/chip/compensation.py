@@ -9,8 +9,10 @@ themselves, at high precision, and not through the tile's converters.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from analogfx.chip.record import Record
@@ -52,7 +54,8 @@ class GlobalDriftCompensation(BaseDriftCompensation):
     """One factor for each tile, from its mean magnitude."""
 
     def readout(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return weights.abs().mean()
+        sums, unit = _sums(weights)
+        return sums.sum().double().div_(unit * weights.numel()).to(weights.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class PerColumnDriftCompensation(BaseDriftCompensation):
     """One factor for each output of each tile, from its mean magnitude."""
 
     def readout(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return weights.abs().mean(-1)
+        sums, unit = _sums(weights)
+        return sums.double().div_(unit * weights.shape[1]).to(weights.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,21 @@ class GlobalDriftCompensationWithExactReference(GlobalDriftCompensation):
 
     def baseline(self, target: Tensor, programmed: Tensor) -> Tensor:  # noqa: D102
         return self.readout(target)
+
+
+_BITS = 30
+"""Of a reading, relative to the largest weight."""
+_AT_ONCE = 1 << 16
+"""Weights that are read at a time: what fits into a cache."""
+
+
+def _sums(weights: Tensor) -> tuple[Tensor, float]:
+    """Sums of magnitudes (O,), and how many units 1 has.
+
+    Of integers, because sums of floats depend on their order.
+    """
+    peak = max(float(weights.max()), -float(weights.min()), 1e-20)
+    unit = math.ldexp(1.0, _BITS - math.frexp(peak)[1])
+    parts = weights.split(max(_AT_ONCE // weights.shape[1], 1))
+    sums = [part.abs().mul_(unit).round_().to(torch.int64).sum(-1) for part in parts]
+    return torch.cat(sums), unit

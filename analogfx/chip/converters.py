@@ -20,7 +20,7 @@ _SMALLEST = 1e-7
 
 
 class ConductanceConverter(Record):
-    """Base of converters. One of your own defines the two methods below.
+    """Base of converters. One of your own defines ``devices`` and the three methods that raise.
 
     ``g_min`` and ``g_max`` say what a device can be programmed to, in microsiemens.
     """
@@ -29,16 +29,30 @@ class ConductanceConverter(Record):
     g_max: float
     g_min: float
 
-    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Target conductances of a tile.
+    @property
+    def devices(self) -> int:
+        """How many hold one weight, n."""
+        raise NotImplementedError
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """What the other methods must know of a tile.
 
         Args:
-            weights: (O, I).
+            weights: (O, I) of the whole tile.
 
         Returns:
-            (n, O, I) conductances in microsiemens, and what :meth:`to_weights` needs to know.
+            Fewer than two dimensions for the tile, or (..., O, 1) with a row for every output.
         """
         raise NotImplementedError
+
+    def conductances(self, weights: Tensor, scale: Tensor) -> Tensor:
+        """Target conductances (n, o, i), in microsiemens, of a part (o, i) of a tile's weights."""
+        raise NotImplementedError
+
+    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Target conductances (n, O, I) of a tile, and its scale."""
+        scale = self.scale(weights)
+        return self.conductances(weights, scale), scale
 
     def to_weights(self, conductances: Tensor, scale: Tensor) -> Tensor:
         """Weights (O, I) that conductances (n, O, I) stand for."""
@@ -90,11 +104,15 @@ class SinglePairConductanceConverter(ConductanceConverter):
     def __post_init__(self) -> None:
         self._check_span()
 
-    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        scale = (self.g_max - self.g_min) / _largest(weights, self.per_channel)
+    devices = 2
+
+    def scale(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return (self.g_max - self.g_min) / _largest(weights, self.per_channel)
+
+    def conductances(self, weights: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         target = weights * scale
         pair = torch.stack([target, -target]).clamp_(0.0, self.g_max)
-        return pair.add_(self.g_min), scale
+        return pair.add_(self.g_min) if self.g_min else pair
 
     def to_weights(self, conductances: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         return (conductances[0] - conductances[1]).div_(scale)
@@ -114,9 +132,16 @@ class NPairConductanceConverter(ConductanceConverter):
         if not self.f_lst or min(self.f_lst) <= 0:
             self.refuse("f_lst", "factors above 0, the least significant pair's first")
 
-    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    @property
+    def devices(self) -> int:  # noqa: D102
+        return 2 * len(self.f_lst)
+
+    def scale(self, weights: Tensor) -> Tensor:  # noqa: D102
         span = self.g_max - self.g_min
-        scale = sum(f * span for f in self.f_lst) / _largest(weights, self.per_channel)
+        return sum(f * span for f in self.f_lst) / _largest(weights, self.per_channel)
+
+    def conductances(self, weights: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
+        span = self.g_max - self.g_min
         target = weights * scale
         devices, full = [], 0.0
         for factor in self.f_lst:
@@ -124,7 +149,7 @@ class NPairConductanceConverter(ConductanceConverter):
                 rest = (side.clamp_min(0.0) - full) / factor + self.g_min
                 devices.append(rest.clamp_(self.g_min, self.g_max))
             full += factor * span
-        return torch.stack(devices), scale
+        return torch.stack(devices)
 
     def to_weights(self, conductances: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         return _weighted(conductances, self.f_lst) / scale
@@ -166,12 +191,21 @@ class CustomPairConductanceConverter(ConductanceConverter):
             if not torch.allclose(weights, back, atol=1e-4):
                 self.refuse("g_lst", "lists whose differences are linear in the weight")
 
-    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    @property
+    def devices(self) -> int:  # noqa: D102
+        return len(self.g_lst)
+
+    def scale(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return self._highest(weights) / _largest(weights, self.per_channel)
+
+    def conductances(self, weights: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         lists = weights.new_tensor(self.g_lst)
-        highest = _weighted(lists, self.f_lst).abs().amax()
-        scale = highest / _largest(weights, self.per_channel)
-        position = (weights * scale / highest + 1) / 2 * (lists.shape[1] - 1)
-        return torch.stack([_interpolated(position, values) for values in lists]), scale
+        position = (weights * scale / self._highest(weights) + 1) / 2 * (lists.shape[1] - 1)
+        return torch.stack([_interpolated(position, values) for values in lists])
+
+    def _highest(self, like: Tensor) -> Tensor:
+        """The largest difference of the lists."""
+        return _weighted(like.new_tensor(self.g_lst), self.f_lst).abs().amax()
 
     def to_weights(self, conductances: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         return _weighted(conductances, self.f_lst) / scale
@@ -188,14 +222,17 @@ class SingleDeviceConductanceConverter(ConductanceConverter):
     def __post_init__(self) -> None:
         self._check_span()
 
-    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    devices = 1
+
+    def scale(self, weights: Tensor) -> Tensor:  # noqa: D102
         if weights.numel() == 0:
-            return weights.unsqueeze(0), weights.new_ones(2)
+            return weights.new_ones(2)
         axis: dict[str, object] = {"dim": -1, "keepdim": True} if self.per_channel else {}
         low, high = weights.amin(**axis), weights.amax(**axis)  # type: ignore[arg-type]
-        scale = (self.g_max - self.g_min) / (high - low).clamp_min(_SMALLEST)
-        target = (weights - low) * scale + self.g_min
-        return target.unsqueeze(0), torch.stack([scale, low])
+        return torch.stack([(self.g_max - self.g_min) / (high - low).clamp_min(_SMALLEST), low])
+
+    def conductances(self, weights: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
+        return ((weights - scale[1]) * scale[0] + self.g_min).unsqueeze(0)
 
     def to_weights(self, conductances: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         return scale[1] + (conductances[0] - self.g_min) / scale[0]
@@ -212,9 +249,13 @@ class SignedConductanceConverter(ConductanceConverter):
     def __post_init__(self) -> None:
         self._check_span()
 
-    def to_conductances(self, weights: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        scale = self.g_max / _largest(weights, self.per_channel)
-        return (weights * scale).unsqueeze(0), scale
+    devices = 1
+
+    def scale(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return self.g_max / _largest(weights, self.per_channel)
+
+    def conductances(self, weights: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
+        return (weights * scale).unsqueeze(0)
 
     def to_weights(self, conductances: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
         return conductances[0] / scale
@@ -232,7 +273,7 @@ def _interpolated(position: Tensor, values: Tensor) -> Tensor:
     """A list at fractional positions, its ends beyond them."""
     position = position.clamp(0.0, len(values) - 1)
     left = position.floor().clamp_max(len(values) - 2).long()
-    return torch.lerp(values[left], values[left + 1], position - left)
+    return between(values[left], values[left + 1], position - left)
 
 
 def interpolate(x: Tensor, points: list[float], values: list[float]) -> Tensor:
@@ -240,7 +281,12 @@ def interpolate(x: Tensor, points: list[float], values: list[float]) -> Tensor:
     grid, heights = x.new_tensor(points), x.new_tensor(values)
     right = torch.searchsorted(grid, x.contiguous()).clamp_(1, len(points) - 1)
     share = (x - grid[right - 1]) / (grid[right] - grid[right - 1])
-    return torch.lerp(heights[right - 1], heights[right], share.clamp_(0.0, 1.0))
+    return between(heights[right - 1], heights[right], share.clamp_(0.0, 1.0))
+
+
+def between(low: Tensor, high: Tensor, share: Tensor | float) -> Tensor:
+    """The value at a share of the way, of separate operations: ``lerp`` fuses where it can."""
+    return (high - low).mul_(share).add_(low)
 
 
 def is_ascending(points: list[float]) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from analogfx.chip.converters import ConductanceConverter, SinglePairConductanceConverter
@@ -74,7 +73,9 @@ class PCMLikeNoiseModel(NoiseModel):
 
     def read_spread(self, relative: Tensor) -> Tensor:
         """Strength q of the read noise at g / g_max."""
-        return torch.reciprocal(relative.pow(0.65).clamp_min_(1e-3)).mul_(0.0088).clamp_max_(0.2)
+        # exp of a logarithm: a power takes twice as long.
+        power = relative.clamp_min(1e-7).log_().mul_(-0.65).exp_().clamp_max_(1e3)
+        return power.mul_(0.0088).clamp_max_(0.2)
 
     def _measured(self) -> list[float]:
         return COEFFICIENTS

@@ -15,10 +15,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from analogfx.chip.converters import ConductanceConverter
+from analogfx.chip.converters import ConductanceConverter, between
 from analogfx.chip.model import Draw, NoiseModel, Reading, polynomial
 from analogfx.chip.pcm import set_converter
 from analogfx.chip.record import number_keys
@@ -87,7 +86,7 @@ class ReRamWan2022NoiseModel(NoiseModel):
             if low < time <= high:
                 share = math.log(time / low) / math.log(high / low)
                 ends = polynomial(table[low], relative), polynomial(table[high], relative)
-                sigma = torch.lerp(*ends, share)
+                sigma = between(*ends, share)
         reference = self.coeff_g_max_reference
         if reference is None:
             reference = _REFERENCE if self.coeff_dic is None else self.g_max

@@ -51,6 +51,11 @@ class StuckAtNoiseModel(NoiseModel):
 
     def _with_faults(self, value: Tensor, draw: Draw, low: float, high: float) -> Tensor:
         """What devices have, or what faulty ones do: the same ones whenever it is asked."""
-        fault = torch.special.ndtr(draw(value, "faults"))  # uniform in (0, 1)
-        value = value.masked_fill(fault < self.at_g_min, low)
-        return value.masked_fill_(fault > 1 - self.at_g_max, high)
+        fault = draw(value, "faults")
+        value = value.masked_fill(fault < _quantile(self.at_g_min), low)
+        return value.masked_fill_(fault > -_quantile(self.at_g_max), high)
+
+
+def _quantile(share: float) -> float:
+    """Below which a standard normal value lies with that probability."""
+    return float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))

@@ -17,8 +17,8 @@ from analogfx.api import analogize
 from analogfx.choose import choose
 from analogfx.config import TorchInferenceRPUConfig, as_config
 from analogfx.log import logger
+from analogfx.measure import Metric, OverChips, chip_seed, mean, measure
 from analogfx.modules.analog_module import AnalogModule
-from analogfx.search.measure import Metric, OverChips, chip_seed, mean, measure
 from analogfx.search.perturb import Perturbation, as_perturbation
 from analogfx.search.sensitivity import analog_modules, module_weights
 from analogfx.tables import table

@@ -12,14 +12,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from analogfx import files
-from analogfx.device import key
+from analogfx.journal import Journal, fingerprint
 from analogfx.log import logger
+from analogfx.measure import Metric, OverChips, chip_seed, mean, measure
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.page.charts import bars
 from analogfx.page.document import Document
-from analogfx.search.journal import Journal
-from analogfx.search.measure import Metric, OverChips, chip_seed, mean, measure
 from analogfx.search.perturb import as_perturbation
 from analogfx.tables import table, write_csv
 from analogfx.unset import warn_unset
@@ -207,7 +206,7 @@ def sensitivity(
         "mode": mode,
         "chips": count,
         "seed": seed,
-        "model": _fingerprint(analog),
+        "model": fingerprint(analog),
         "modules": list(modules),
     }
     journal = Journal(file, subject)
@@ -262,13 +261,3 @@ def analog_modules(analog: nn.Module) -> dict[str, AnalogModule]:
 def module_weights(module: AnalogModule) -> int:
     """Elements of a module's analog weights."""
     return sum(sum(site.in_sizes) * sum(site.out_sizes) for site in module._analog.sites)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """What tells a model from others: names, shapes and some elements of all its tensors."""
-    parts: list[Any] = []
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].double().cpu()
-        parts.append((name, tuple(tensor.shape), *some.tolist()))
-    return f"{key(parts):016x}"

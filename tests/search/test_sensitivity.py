@@ -11,7 +11,7 @@ from torch import nn
 import analogfx
 from analogfx.chip import AdditiveNoiseModel
 from analogfx.errors import CheckpointError
-from analogfx.search.measure import chip_seed
+from analogfx.measure import chip_seed
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 NOISE = AdditiveNoiseModel(0.1)

@@ -7,7 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from analogfx.device import key
 from analogfx.errors import CheckpointError
+from analogfx.modules.sites import required_sites
 
 SCHEMA = 1
 
@@ -48,8 +52,8 @@ class Journal:
         first, *lines = self.path.read_text(encoding="utf-8").split("\n")
         if first != head:
             raise CheckpointError(
-                f"{self.path}: made for another model, perturbation, seed or number of chips: "
-                "name another file"
+                f"{self.path}: made for another model, config, perturbation, noise, seed or number "
+                "of chips: name another file"
             )
         for line in lines[:-1]:  # the last one is empty, or was cut short
             try:
@@ -72,3 +76,17 @@ class Journal:
 
     def _line(self, name: str, value: float) -> str:
         return json.dumps({"key": name, "value": value})
+
+
+def fingerprint(analog: nn.Module) -> str:
+    """What tells an analog model from others.
+
+    Names, shapes and some elements of all its tensors, and the configs of its analog modules.
+    """
+    parts: list[Any] = []
+    for name, tensor in analog.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].double().cpu()
+        parts.append((name, tuple(tensor.shape), *some.tolist()))
+    parts += [(path, module._analog.config) for path, module, _ in required_sites(analog)]
+    return f"{key(parts):016x}"
