@@ -64,9 +64,7 @@ class AnalogModule(nn.Module):
         # What a forward reads of its module is part of its graphs.
         # (DeepSpeed keeps its books on modules under names of ds_.)
         plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith(("_", "ds_"))
-        # A forward that runs as it is reads attributes itself, and may set them.
-        rebuilt = placement is not None and not placement.own_forward
-        if placement is not None and rebuilt and plain and name not in ("training", "forward"):
+        if placement is not None and plain and name not in ("training", "forward"):
             try:
                 placement.change(self, placement.config)
             except CaptureError:

@@ -7,7 +7,6 @@ their owner.
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import inspect
 import itertools
@@ -70,11 +69,6 @@ def reads_weights(module: nn.Module) -> bool:
 def multiplied(module: nn.Module) -> list[str]:
     """Matrices that a module's code may multiply by, read off its source, by path from it."""
     return reads.multiplied(module, forward_of(module), dict(default_pattern(module)))
-
-
-def opaque(module: nn.Module) -> set[str]:
-    """Those of :func:`multiplied` that go into code which is not Python's, or is not known."""
-    return reads.hidden(module, forward_of(module), dict(default_pattern(module)))
 
 
 def default_pattern(module: nn.Module) -> Pattern:
@@ -256,44 +250,6 @@ def capture(module: nn.Module, training: bool, pattern: Pattern) -> Graph:
         for node in graph.nodes:
             _mark(module, node)
     return graph
-
-
-def scout(module: nn.Module, training: bool) -> list[Graph]:
-    """What a forward that cannot be traced does as far as a trace gets, once for each way.
-
-    Where it branches on what a trace does not know, it goes one way throughout; the graphs have
-    no output. They say which products there are, not when.
-    """
-    forward = forward_of(module)
-    if not isinstance(forward, FunctionType):
-        return []
-    graphs = []
-    with TRACING, torch.enable_grad():
-        for way in (False, True):
-            tracer = _Scout(module, way)
-            with contextlib.suppress(Exception):  # any code may fail in any way on a proxy
-                tracer.run(forward, training, default_pattern(module))
-            if hasattr(tracer, "graph"):
-                graphs.append(tracer.graph)
-                for node in tracer.graph.nodes:
-                    _mark(module, node)
-    return graphs
-
-
-class _Scout(_OwnForward):
-    """A trace that answers every question about values in one way."""
-
-    _BRANCHES = 256
-
-    def __init__(self, module: nn.Module, way: bool) -> None:
-        super().__init__(module)
-        self._way, self._asked = way, 0
-
-    def to_bool(self, obj: Proxy) -> bool:
-        self._asked += 1
-        if self._asked > self._BRANCHES:  # a loop that waits for another answer
-            raise CaptureError("forward asks for values again and again")
-        return self._way
 
 
 def _without_variadic(forward: FunctionType, signature: list[inspect.Parameter]) -> FunctionType:

@@ -20,7 +20,6 @@ from analogfx.kernels import recurrence
 from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.modules.capture import bind, forward_of
 from analogfx.modules.kinds import DRIVERS
-from analogfx.modules.kinds.recurrent import Driver
 from analogfx.ops import operands
 from analogfx.ops.transforms import in_transform
 from analogfx.passes.cells import State
@@ -41,16 +40,14 @@ def bound(
     graph: Graph,
     apart: Apart = lambda module, number: True,
     whole: Whole | None = None,
-    driver: Driver | None = None,
 ) -> Callable[..., Any]:
     """A graph's code as the forward of modules like one: their first argument is the module.
 
     Args:
         apart: see :data:`Apart`; for a driven module.
         whole: what runs many of its products in one call.
-        driver: what calls the products, for a module of no driven kind.
     """
-    driver = driver or DRIVERS.get(forward_of(module))
+    driver = DRIVERS.get(forward_of(module))
     if driver is None:
         return bind(graph)
     runs = [bind(piece) for piece in pieces(graph)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from analogfx.modules.capture import (
 )
 from analogfx.modules.program import AnalogSite, Program, build, check_same_sites, other_sites
 from analogfx.modules.remember import fit_state, renew_notes, reset_state
-from analogfx.modules.untraced import build_or_run
 from analogfx.ops.transforms import in_transform
 from analogfx.passes.contract import Decision
 from analogfx.passes.pipeline import Pass
@@ -82,8 +80,6 @@ class Placement:
         self.programs: dict[tuple[bool, Any], Program] = {}
         self.left: dict[tuple[bool, Any], str] = {}
         """Calls that no program can stand for, and why: they run the module's own forward."""
-        self.unforeseen: dict[str, str] = {}
-        """Weights that the module's own forward multiplied by digitally, by their path, and why."""
         self.takes_constants = False
         self.inherited: type[nn.Module] | None = None
         """The torch layer whose forward the programs are for, where it is not the module's own."""
@@ -96,8 +92,6 @@ class Placement:
         """How tensor parallelism cut the module; None if it did not."""
         self._parts: dict[bool, Callable[..., Any]] = {}
         """By mode, the forward of the part that this process holds."""
-        self._variants: dict[Any, Placement] = {}
-        """Those of the same site in a layer of other attributes, see :meth:`variant`."""
         self._steps: int | None = None
         """Steps that optimizers had made when it first wrote its ranges in training."""
         self._asked = False
@@ -108,11 +102,6 @@ class Placement:
     def sites(self) -> tuple[AnalogSite, ...]:
         """The module's analog products."""
         return next(iter(self.programs.values())).sites
-
-    @property
-    def own_forward(self) -> bool:
-        """Whether the module's own forward runs in every call, see :mod:`.untraced`."""
-        return any(program.own_forward for program in self.programs.values())
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -143,22 +132,19 @@ class Placement:
 
     def adopt(self, module: nn.Module, train: Program, evaluate: Program) -> None:
         """Take the programs that were built for the module, or for one that looks alike."""
-        self.takes_constants = takes_constants(module) and not train.own_forward
-        pattern = () if train.own_forward else _key(default_pattern(module))
+        self.takes_constants = takes_constants(module)
+        pattern = _key(default_pattern(module))
         self.programs = {(True, pattern): train, (False, pattern): evaluate}
         self._late = {}
         self._parts = {}
-        self._variants = {}
         self.left = {}
-        self.unforeseen = {}
         self._readers = tuple(dict.fromkeys(train.readers + evaluate.readers))
         self.watch(module)
 
     def _built(self, module: nn.Module, config: Resolved) -> tuple[Program, Program]:
         pattern = default_pattern(module)
         train, evaluate = (
-            build_or_run(module, config, mode, pattern, passes=self.passes)
-            for mode in (True, False)
+            build(module, config, mode, pattern, passes=self.passes) for mode in (True, False)
         )
         check_same_sites(train, evaluate)
         return train, evaluate
@@ -419,24 +405,6 @@ class Placement:
         run = self._parts[module.training]
         return parallel.run(self.layout, module, run, args, kwargs)
 
-    def variant(self, module: nn.Module, twin: nn.Module, changed: Any) -> Placement:
-        """The placement of a layer like the module, with the same site.
-
-        Args:
-            twin: the layer: it shares the module's tensors.
-            changed: what differs between the two.
-        """
-        if self.unset or self._reading(module) != self._read:
-            self.follow(module)
-        found = self._variants.get(changed)
-        if found is None or found.resolved is not self.resolved:
-            with TRACING:
-                found = copy.copy(self)
-                found.resolved, found.passes = self.resolved, self.passes
-                found.adopt(twin, *found._built(twin, self.resolved))
-                self._variants[changed] = found
-        return found
-
     def _warn_if_alone(self) -> None:
         """Warn once a process if ranges follow its own data while others train beside it.
 
@@ -475,21 +443,14 @@ class Placement:
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
         twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
-        own: dict[str, Any] = {
-            "programs": dict(self.programs),
-            "left": dict(self.left),
-            "unset": set(self.unset),
-            "unforeseen": dict(self.unforeseen),
-        }
-        new: dict[str, Any] = {"config": twin.config, "number": twin.number}
-        new |= {"_late": {}, "_parts": {}, "_variants": {}}
+        own = {"programs": dict(self.programs), "left": dict(self.left), "unset": set(self.unset)}
+        new = {"config": twin.config, "number": twin.number, "_late": {}, "_parts": {}}
         twin.__dict__.update(self.__dict__ | new | own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the programs, which are built again after unpickling."""
         empty: dict[str, Any] = {"programs": {}, "left": {}, "_late": {}, "_parts": {}}
-        empty["_variants"] = {}
         return self.__dict__ | {"config": self.config.to_dict()} | empty
 
     def __setstate__(self, state: dict[str, Any]) -> None:

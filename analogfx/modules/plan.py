@@ -29,8 +29,7 @@ from analogfx.modules.capture import (
 from analogfx.modules.inherited import inherited_layer, seen_as
 from analogfx.modules.kinds.closed import CALLING_ALONE, refusal
 from analogfx.modules.placement import Placement
-from analogfx.modules.program import Program, check_same_sites
-from analogfx.modules.untraced import build_or_run
+from analogfx.modules.program import Program, build, check_same_sites
 from analogfx.passes.contract import Decision, SiteReport
 from analogfx.passes.pipeline import Pass
 
@@ -92,8 +91,6 @@ def make_plan(
             module._analog.follow(module)
             _list(plan, name, module._analog.decisions, its)
             _list_left(plan, name, module._analog)
-            for path, reason in module._analog.unforeseen.items():
-                _leave(plan, name, module, its, reason, [path])
             _leave_others(plan, name, module, its, module.inherited)
         elif _may_multiply(module):
             _place(plan, name, module, its)
@@ -271,9 +268,7 @@ def program_of(
             folder = plan.debug_dir / f"{name or type(module).__name__}.{mode}"
         try:
             pattern = default_pattern(module)
-            plan.programs[key] = build_or_run(
-                module, config, training, pattern, folder, plan.passes
-            )
+            plan.programs[key] = build(module, config, training, pattern, folder, plan.passes)
         except CaptureError as error:
             plan.programs[key] = error
     found = plan.programs[key]

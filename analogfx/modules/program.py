@@ -20,7 +20,6 @@ from analogfx.modules.capture import TRACING, Pattern, bind, capture, source
 from analogfx.modules.children import child_of
 from analogfx.modules.direct import called_directly
 from analogfx.modules.driven import bound, is_driven, spread, whole_of
-from analogfx.modules.kinds.recurrent import Driver
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context, Decision, Site
 from analogfx.passes.hold import hold
@@ -86,8 +85,6 @@ class Program:
     """Whether children compute products in the place of the module's own code."""
     held: Callable[..., Any] | None = None
     """The fused forward on what a chip holds, as its second argument; None in training."""
-    own_forward: bool = False
-    """Whether the module's own forward runs, in every call, with its products done in its place."""
 
 
 @dataclass
@@ -154,25 +151,6 @@ def _build(
     share: Share | None = None,
 ) -> Program:
     graph = capture(module, training, pattern)
-    return program_of(module, config, training, graph, debug_dir, passes, share)
-
-
-def program_of(
-    module: nn.Module,
-    config: Resolved | None,
-    training: bool,
-    graph: Graph,
-    debug_dir: Path | None = None,
-    passes: Sequence[pipeline.Pass] = (),
-    share: Share | None = None,
-    driver: Driver | None = None,
-) -> Program:
-    """Run the passes over the graph of a module's products.
-
-    Args:
-        driver: what calls the products, if the graph is but a tuple of them, see ``driven.py``.
-            The rest is as for :func:`build`.
-    """
     context = _ModuleContext(config, training, module=module)
     after = None
     if debug_dir is not None:
@@ -185,7 +163,7 @@ def program_of(
     paths = (str(n.target) for n in graph.find_nodes(op="get_attr"))
     read = {path.rpartition(".")[0]: True for path in paths if not path.startswith("_analog.")}
     apart = spread([s.state for s in sites], config, training)
-    explicit = bound(module, graph, apart, driver=driver)
+    explicit = bound(module, graph, apart)
     pipeline.run(pipeline.FUSED, graph, context, after)
     fused = {f.node.meta["made"][0]: Lowered(f.spec, f.op) for f in fused_sites(graph)}
     lowered = tuple(fused.get(site.index) for site in context.sites)
@@ -199,12 +177,12 @@ def program_of(
     # in its graph alone.
     alone = passes or share is not None
     whole = None if alone or config is None else whole_of(module, known, config, training)
-    as_it_is = driver is not None or is_driven(module) or share is not None
-    eager = graph if as_it_is else called_directly(graph)
-    run, held = bound(module, eager, apart, whole, driver), None
+    whole_graph = is_driven(module) or share is not None
+    eager = graph if whole_graph else called_directly(graph)
+    run, held = bound(module, eager, apart, whole), None
     if not training and sites and None not in lowered and share is None:
         pipeline.run((hold,), graph, context)
-        held = bound(module, graph, apart, driver=driver)
+        held = bound(module, graph, apart)
     readers, delegates = tuple({"": True} | read), bool(context.delegated)
     return Program(explicit, run, decisions, sites, lowered, readers, delegates, held)
 

@@ -76,16 +76,6 @@ def multiplied(module: nn.Module, forward: Any, defaults: Mapping[str, Any]) -> 
     return [n for n in matrices if n in found]
 
 
-def hidden(module: nn.Module, forward: Any, defaults: Mapping[str, Any]) -> set[str]:
-    """Those of :func:`multiplied` that are handed to code which cannot be read."""
-    matrices = [n for n, p in module.named_parameters() if _is_matrix(p)]
-    if not isinstance(forward, FunctionType):
-        return {*matrices}
-    reader = _Reader(module, matrices, forward)
-    reader.read(dict(defaults))
-    return reader.hidden
-
-
 def _is_matrix(parameter: Any) -> bool:
     return nn.parameter.is_lazy(parameter) or parameter.dim() > 1
 
@@ -112,8 +102,6 @@ class _Reader:
     def __init__(self, module: nn.Module, matrices: list[str], forward: FunctionType) -> None:
         self.module, self.matrices, self.forward = module, matrices, forward
         self.found: set[str] = set()
-        self.hidden: set[str] = set()
-        """Of those found, what code gets that is not Python's, or is not known."""
         self.returns: dict[FunctionType, Paths] = {}
         """The weights that a function returns."""
         self.pending: list[tuple[FunctionType, Paths, dict[str, Any], dict[str, Paths]]] = []
@@ -138,7 +126,6 @@ class _Reader:
             _Function(self, function, selves, constants, weights).read()
         except (OSError, TypeError, SyntaxError, RecursionError):
             self.found.update(*weights.values())
-            self.hidden.update(*weights.values())
             if selves:
                 self.suspect_all()
 
@@ -157,7 +144,6 @@ class _Reader:
             for path in self.matrices:
                 if all(p in named or p.isdecimal() for p in path.split(".")) or "." not in path:
                     self.found.add(path)
-                    self.hidden.add(path)
 
     @functools.cached_property
     def speaks(self) -> bool:
@@ -180,8 +166,6 @@ class _Reader:
             if function is OPAQUE or function.__name__.strip("_") in PRODUCTS:
                 for value in (*args, *kwargs.values()):
                     self.found |= value if value is not _SELF else set()
-                    if function is OPAQUE and value is not _SELF:
-                        self.hidden |= value
             return
         names = [*inspect.signature(function, follow_wrapped=False).parameters]
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -443,7 +427,6 @@ class _Function:
         if isinstance(call.func, ast.Name) and call.func.id in _BUILTINS:
             return True
         self.reader.found |= weights  # there is no telling
-        self.reader.hidden |= weights
         return False
 
     def _descend(self, call: ast.Call) -> None:
