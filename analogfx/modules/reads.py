@@ -197,6 +197,11 @@ class _Function:
         self.names: dict[str, Paths] = dict(weights)
         self.children: dict[str, list[nn.Module]] = {}
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+        self.own = {
+            n.id for n in ast.walk(tree) if type(n) is ast.Name and type(n.ctx) is ast.Store
+        }
+        self.own |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+        """Names that the function binds: no global of such a name is meant."""
         self.tree = self._live(tree)
         self.parents = {c: p for p in ast.walk(self.tree) for c in ast.iter_child_nodes(p)}
         self._bind_children()
@@ -390,7 +395,7 @@ class _Function:
     def _is_constant(self, node: ast.expr) -> bool:
         """Whether an expression is made of the module and constants alone."""
         return all(
-            name.id in self.selves or name.id in self.names or name.id in self.function.__globals__
+            name.id in self.selves or name.id in self.names or self._global(name) is not _UNKNOWN
             for name in ast.walk(node)
             if isinstance(name, ast.Name)
         )
@@ -492,7 +497,8 @@ class _Function:
         function = call.func
         found: list[Any] = []
         if isinstance(function, ast.Name):
-            found = [self._cell(function.id) or self.function.__globals__.get(function.id)]
+            value = self._global(function)
+            found = [self._cell(function.id) or (None if value is _UNKNOWN else value)]
         elif isinstance(function, ast.Attribute):
             owner = self._object(function.value)
             if owner is self.reader.module or _is_super(function.value):
@@ -520,7 +526,8 @@ class _Function:
     def _global(self, node: ast.expr) -> Any:
         """What a chain of names leads to from a global."""
         if isinstance(node, ast.Name):
-            return self.function.__globals__.get(node.id, _UNKNOWN)
+            known = {} if node.id in self.own else self.function.__globals__
+            return known.get(node.id, _UNKNOWN)
         if isinstance(node, ast.Attribute):
             owner = self._global(node.value)
             plain = isinstance(owner, (types.ModuleType, type))

@@ -167,3 +167,26 @@ def test_a_decorator_and_a_method_of_a_base_class_are_followed():
     layer = Sub(3, 2)
     assert mentions_product(layer, Sub.forward)
     assert multiplied(layer, Sub.forward, {}) == ["weight"]
+
+
+def a_branch(self, x):
+    return F.linear(x, self.layer.weight) if x.sum() > 0 else x
+
+
+def a_comprehension(self, inputs):
+    return [x @ self.w for x in inputs]
+
+
+def a_local_function(self, inputs):
+    project = inputs.get("project")
+    return project(inputs["x"], self.w)
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [(a_branch, ["layer.weight"]), (a_comprehension, ["w"]), (a_local_function, ["w"])],
+)
+def test_a_name_of_the_function_is_not_the_global_of_that_name(monkeypatch, forward, found):
+    monkeypatch.setitem(globals(), "x", torch.ones(2, 4))  # as a script has it
+    monkeypatch.setitem(globals(), "project", F.layer_norm)
+    assert multiplied(Base(), forward, {}) == found
