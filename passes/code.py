@@ -37,7 +37,9 @@ def functions_of(value: Any) -> Iterator[Any]:
 def _inside(value: Any) -> Iterator[Any]:
     """What a callable value runs that is another value."""
     if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-        yield value.__func__
+        owner = getattr(value, "__self__", None)
+        of_autograd = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+        yield owner if of_autograd and value.__name__ == "apply" else value.__func__
     elif isinstance(value, functools.partial):
         yield value.func
     elif isinstance(value, FunctionType):

@@ -173,6 +173,33 @@ def a_branch(self, x):
     return F.linear(x, self.layer.weight) if x.sum() > 0 else x
 
 
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x @ weight.t()
+
+
+class Looked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x * weight.shape[0]
+
+
+def multiplied_there(self, x):
+    return Times.apply(x, self.layer.weight)
+
+
+def looked_at_there(self, x):
+    return Looked.apply(x, self.layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"), [(multiplied_there, ["layer.weight"]), (looked_at_there, [])]
+)
+def test_a_function_of_autograd_is_read(forward, found):
+    assert multiplied(Base(), forward, {}) == found
+
+
 def a_comprehension(self, inputs):
     return [x @ self.w for x in inputs]
 
