@@ -25,30 +25,46 @@ def fold(rows: Iterable[tuple[str, RowT]]) -> list[tuple[str, int, RowT]]:
         >>> fold([("layers.0.fc", "8x8"), ("layers.1.fc", "8x8"), ("head", "2x8")])
         [('layers.{0..1}.fc', 2, '8x8'), ('head', 1, '2x8')]
     """
-    folded = [(tuple(name.split(".")), 1, row) for name, row in rows]
+    return [(name, len(members), row) for name, members, row in _fold(rows)]
+
+
+def fold_names(rows: Iterable[tuple[str, Hashable]]) -> dict[str, str]:
+    """The name of the row of :func:`fold` that each name went to.
+
+    Example:
+        >>> fold_names([("layers.0.fc", "8x8"), ("layers.1.fc", "8x8"), ("head", "2x8")])
+        {'layers.0.fc': 'layers.{0..1}.fc', 'layers.1.fc': 'layers.{0..1}.fc', 'head': 'head'}
+    """
+    return {member: name for name, members, _ in _fold(rows) for member in members}
+
+
+_Folded = tuple[tuple[str, ...], tuple[str, ...], RowT]
+"""Parts of the name, the names that it stands for, what else the row shows."""
+
+
+def _fold(rows: Iterable[tuple[str, RowT]]) -> list[tuple[str, tuple[str, ...], RowT]]:
+    folded: list[_Folded[RowT]] = [(tuple(name.split(".")), (name,), row) for name, row in rows]
     for place in reversed(range(max((len(parts) for parts, _, _ in folded), default=0))):
         folded = _folded_at(folded, place)
-    return [(".".join(parts), count, row) for parts, count, row in folded]
-
-
-_Folded = tuple[tuple[str, ...], int, RowT]
+    return [(".".join(parts), members, row) for parts, members, row in folded]
 
 
 def _folded_at(rows: Sequence[_Folded[RowT]], place: int) -> list[_Folded[RowT]]:
     """Rows folded over the numbers at one place of their names."""
     groups: dict[Hashable, list[_Folded[RowT]]] = {}
-    for parts, count, row in rows:
+    for parts, members, row in rows:
         number = len(parts) > place and parts[place].isdecimal()
         others = parts[:place] + parts[place + 1 :]
-        key = (others, count, row) if number else (parts,)
-        groups.setdefault((number, len(parts), key), []).append((parts, count, row))
+        key = (others, len(members), row) if number else (parts,)
+        groups.setdefault((number, len(parts), key), []).append((parts, members, row))
     out: list[_Folded[RowT]] = []
     for group in groups.values():
         numbers = [int(parts[place]) for parts, _, _ in group] if len(group) > 1 else []
         if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            parts, count, row = group[0]
+            parts, _, row = group[0]
             span = f"{{{numbers[0]}..{numbers[-1]}}}"
-            out.append(((*parts[:place], span, *parts[place + 1 :]), count * len(group), row))
+            members = tuple(name for _, some, _ in group for name in some)
+            out.append(((*parts[:place], span, *parts[place + 1 :]), members, row))
         else:
             out += group
     return out

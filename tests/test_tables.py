@@ -1,4 +1,10 @@
-from analogfx.tables import fold, table
+from analogfx.tables import fold, fold_names, table
+
+
+def test_every_name_is_told_its_row():
+    rows = [("a.0.w", 1), ("head", 2), ("a.1.w", 1), ("b.0", 3)]
+    row = "a.{0..1}.w"
+    assert fold_names(rows) == {"a.0.w": row, "a.1.w": row, "head": "head", "b.0": "b.0"}
 
 
 def test_numbers_that_follow_each_other_fold():

@@ -81,7 +81,7 @@ def band(
     label: str,
 ) -> str:
     """A line within a band over named points, and a level to compare with."""
-    left, right, top, bottom = 70.0, 600.0, 12.0, 270.0
+    left, right, top, bottom = 90.0, 600.0, 12.0, 270.0
     lowest, highest = min([*low, reference]), max([*high, reference])
     across = _scale(0.0, max(len(ticks) - 1.0, 1.0), left + 20, right - 20)
     down = _scale(lowest, highest, bottom - 10, top + 10)
@@ -111,10 +111,10 @@ def band(
             f'text-anchor="end">{value:.4g}</text>'
         )
     parts.append(
-        f'<text class="muted" x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">'
+        f'<text class="muted" x="{(right + 10) / 2}" y="{bottom + 40}" text-anchor="middle">'
         f"{escape(label)}</text>"
     )
-    return _svg(right + 10, bottom + 46, parts, "chart")
+    return _svg(right + 10, bottom + 46, parts, "band-chart")
 
 
 def shares(parts: Sequence[tuple[str, float]]) -> str:

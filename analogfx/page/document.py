@@ -34,6 +34,7 @@ td.text { white-space: normal; min-width: 8rem; }
 svg { display: block; max-width: 100%; height: auto; margin: 0.5rem 0; }
 svg.chart { min-width: 34rem; }
 svg text { fill: var(--ink); font: 12px system-ui, "DejaVu Sans", sans-serif; }
+@media (max-width: 36rem) { svg.band-chart text { font-size: 17px; } }
 svg .muted { fill: var(--muted); }
 svg .frame { fill: none; stroke: var(--line); }
 svg .axis { stroke: var(--muted); fill: none; }

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from analogfx.tiles.rows import Tile
 
 
 def draw(
     tiles: Sequence[Tile],
+    rows_of: Mapping[str, str],
     crossbar: tuple[int, int],
     utilisation: float,
     path: str | os.PathLike[str],
     limit: int,
 ) -> None:
-    """Every crossbar as a square, every part as a rectangle in its site's colour.
+    """Every crossbar as a square, every part as a rectangle in the colour of its row of the table.
 
     Args:
+        rows_of: the row of the table that a site went to.
         path: a picture; its ending says of which kind.
         limit: crossbars to draw.
     """
@@ -31,7 +33,7 @@ def draw(
     shown = numbers[:limit]
     across = max(1, math.ceil(math.sqrt(len(shown) * 1.6)))
     down = max(1, math.ceil(len(shown) / across))
-    names = list(dict.fromkeys(t.site for t in tiles if t.crossbar in set(shown)))
+    names = list(dict.fromkeys(rows_of[t.site] for t in tiles if t.crossbar in set(shown)))
     hues = {name: colormaps["tab20"](number % 20) for number, name in enumerate(names)}
     figure = Figure(figsize=(max(5.0, across * 0.9), down * 0.9 + 1.4), layout="constrained")
     axes = figure.subplots()
@@ -49,7 +51,7 @@ def draw(
         high, wide = tile.rows / tile.groups, tile.columns / tile.groups
         for group in range(tile.groups):  # the blocks of a diagonal
             corner = x + tile.column + group * wide, y + tile.row + group * high
-            axes.add_patch(Rectangle(corner, wide, high, fc=hues[tile.site], ec="none"))
+            axes.add_patch(Rectangle(corner, wide, high, fc=hues[rows_of[tile.site]], ec="none"))
     axes.set_xlim(-0.05 * columns, across * step_x)
     axes.set_ylim(down * step_y, -0.05 * rows)
     axes.set_aspect(rows / columns if rows < columns else 1.0)

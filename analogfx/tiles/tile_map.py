@@ -13,7 +13,7 @@ from torch import nn
 from analogfx import files
 from analogfx.errors import ConfigError, Conflict
 from analogfx.modules.sites import unwrapped
-from analogfx.tables import fold, table, write_csv
+from analogfx.tables import fold, fold_names, table, write_csv
 from analogfx.tiles.count import input_vectors
 from analogfx.tiles.cut import Part, cut
 from analogfx.tiles.pack import one_each, shelves
@@ -108,13 +108,10 @@ class TileMap:
             "adc_conversions": self.adc_conversions,
         }
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the sites, repeated layers as one row."""
+    def _rows(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Name of every site, and the other cells of its row."""
         size = self.crossbar[0] * self.crossbar[1]
-        header = [
-            "site", "weight", "groups", "tiles", "crossbars", "used", "devices", "vectors", "MACs",
-        ]  # fmt: skip
-        rows = [
+        return [
             (
                 site.name,
                 (
@@ -130,7 +127,13 @@ class TileMap:
             )
             for site in self.sites
         ]
-        return header, [[name, *row] for name, _, row in fold(rows)]
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the sites, repeated layers as one row."""
+        header = [
+            "site", "weight", "groups", "tiles", "crossbars", "used", "devices", "vectors", "MACs",
+        ]  # fmt: skip
+        return header, [[name, *row] for name, _, row in fold(self._rows())]
 
     def _notes(self) -> list[str]:
         """What a reader must know beside the numbers."""
@@ -167,7 +170,8 @@ class TileMap:
         size = f"{self.crossbar[0]}x{self.crossbar[1]}"
         numbers.insert(1, ("cells of each", size))
         header, rows = self._table()
-        write_page(numbers, header, rows, self._notes(), self.tiles, self.crossbar, path)
+        rows_of = fold_names(self._rows())
+        write_page(numbers, header, rows, self._notes(), self.tiles, rows_of, self.crossbar, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as ``docs/tile-map.schema.json`` describes it; unknown numbers are None."""
@@ -202,7 +206,8 @@ class TileMap:
             path: a picture; its ending says of which kind.
             limit: crossbars to draw, the first ones.
         """
-        draw(self.tiles, self.crossbar, self.utilisation, path, limit)
+        rows_of = fold_names(self._rows())
+        draw(self.tiles, rows_of, self.crossbar, self.utilisation, path, limit)
 
 
 def tile_map(

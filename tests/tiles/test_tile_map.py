@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -195,6 +196,27 @@ def test_csv_and_picture(tmp_path):
     ]
     mapped.plot(tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_repeated_layers_have_one_colour_on_the_page(tmp_path):
+    mapped = analogfx.tile_map(analogfx.analogize(Deep(depth=4), IDENTITY), (8, 8))
+    mapped.to_html(tmp_path / "map.html")
+    page = (tmp_path / "map.html").read_text()
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', page)[1]
+    assert re.findall(r"</i>(.*?)</li>", legend) == [
+        "layers.{0..3}.up",
+        "layers.{0..3}.down",
+        "head",
+    ]
+    assert len(re.findall("<title>layers", page)) == 8  # pointing tells them apart
+    assert len(set(re.findall('fill="(.*?)"><title>', page))) == 3
+
+
+def test_two_columns_of_a_large_crossbar_can_be_seen(tmp_path):
+    analogfx.tile_map(analog_linear(2, 300), (512, 512)).to_html(tmp_path / "map.html")
+    page = (tmp_path / "map.html").read_text()
+    (wide,) = re.findall(r'width="([\d.]+)" height="[\d.]+" fill=', page)
+    assert float(wide) == 1.5
 
 
 @pytest.mark.parametrize(
