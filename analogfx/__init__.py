@@ -33,6 +33,7 @@ from analogfx.lifetime import Lifetime, evaluate
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import analog_layers, named_analog_layers
 from analogfx.onnx import export_onnx, load_onnx_sites
+from analogfx.ranges import warn_unset
 from analogfx.reconfigure import set_config
 from analogfx.report import report
 from analogfx.search.plan import plan
@@ -42,7 +43,6 @@ from analogfx.tiles.export import export_tiles
 from analogfx.tiles.tile_map import tile_map
 from analogfx.trace import trace
 from analogfx.training import clip_after_step, clip_weights, quantize_weights, weights_written
-from analogfx.unset import warn_unset
 
 __version__ = "0.1.0"
 

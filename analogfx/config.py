@@ -299,6 +299,35 @@ def differences(
     return [(n, one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)]
 
 
+def described(config: TorchInferenceRPUConfig, base: TorchInferenceRPUConfig) -> str:
+    """Say in a line where a config differs from another; parts of a chip by their class.
+
+    Example:
+        >>> config = TorchInferenceRPUConfig()
+        >>> config.forward.inp_res = 254
+        >>> described(config, TorchInferenceRPUConfig())
+        'forward.inp_res 254'
+    """
+    return ", ".join(f"{name} {_in_words(value)}" for name, value in _changed(config, base, ""))
+
+
+def _changed(section: _Section, base: _Section, prefix: str) -> Iterator[tuple[str, Any]]:
+    for item in fields(section):
+        value, other = getattr(section, item.name), getattr(base, item.name)
+        if isinstance(value, _Section):
+            yield from _changed(value, other, f"{prefix}{item.name}.")
+        elif value != other:
+            yield f"{prefix}{item.name}", value
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, float):
+        return f"{value:g}"
+    return type(value).__name__ if isinstance(value, Record) else str(value)
+
+
 def bits(width: int) -> int:
     """Return the number of steps of a converter: ``2**width - 2``, as ``inp_res`` counts them.
 

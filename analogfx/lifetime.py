@@ -23,7 +23,7 @@ from analogfx.journal import Journal, fingerprint
 from analogfx.measure import chip_seed, measure
 from analogfx.page.charts import band
 from analogfx.page.document import Document
-from analogfx.unset import warn_unset
+from analogfx.ranges import warn_unset
 
 TIMES = (1.0, 3600.0, 86400.0, 31_536_000.0)
 """A second, an hour, a day, a year."""

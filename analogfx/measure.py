@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analogfx.device import key
 
@@ -15,10 +15,21 @@ Metric = Callable[[Any], Any]
 
 
 def measure(metric: Metric, model: nn.Module, seed: int) -> float:
-    """One number, without gradients. What the metric draws on the CPU is the same every time."""
+    """One number, without gradients. What the metric draws on the CPU is the same every time.
+
+    Raises:
+        TypeError: the metric returned something that is no number.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "metric"))
-        return float(metric(model))
+        found = metric(model)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        size = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise TypeError(
+            f"the metric returned a {type(found).__name__}{size}: expected a number"
+        ) from None
 
 
 def chip_seed(seed: int, chip: int) -> int:

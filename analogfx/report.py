@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,12 +15,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from analogfx import terminal
 from analogfx.choose import Chosen
+from analogfx.config import TorchInferenceRPUConfig, described
 from analogfx.errors import PlacementError
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.capture import may_multiply
 from analogfx.modules.plan import make_plan, site_name
-from analogfx.modules.sites import unwrapped
+from analogfx.modules.sites import sites, unwrapped
 from analogfx.passes.contract import SiteReport
+from analogfx.ranges import RangeState, range_states
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Report:
     """How much each whole-graph pass of the compiler changed, in all graphs compiled so far."""
     kernels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """What computes each analog site as the model is now: a kernel, or torch and why."""
+    ranges: Mapping[str, RangeState] = field(default_factory=dict, compare=False)
+    """The input ranges of each analog site as the model is now."""
+    configs: Mapping[str, TorchInferenceRPUConfig] = field(default_factory=dict, compare=False)
+    """The config of each analog site."""
 
     @property
     def coverage(self) -> float:
@@ -49,24 +56,27 @@ class Report:
         """Plain data, ready for JSON."""
         sites = [asdict(s) for s in self.sites]
         counted = {"passes": dict(self.passes), "kernels": dict(self.kernels)}
-        return {"coverage": self.coverage, "sites": sites, **counted}
+        ranges = {name: asdict(state) for name, state in self.ranges.items()}
+        as_it_is = {"ranges": ranges, "configs": self._numbers()}
+        return {"coverage": self.coverage, "sites": sites, **counted, **as_it_is}
 
     def text(self, verbose: bool = False, width: int | None = None) -> str:
         """The placement as a table: what is digital first, layers that repeat in one row.
 
         Args:
-            verbose: a row for every product, in the model's order, who decided, and what computes
-                them.
+            verbose: a row for every product, in the model's order, who decided, the values of the
+                ranges, what the config says where there is one only, and what computes products.
             width: columns to wrap to; None to wrap nothing.
         """
-        rows = [row for row, _ in self._rows(verbose)]
-        return "\n".join([terminal.text(_header(verbose), rows, width), *self._below(verbose)])
+        header, rows, _ = self._table(verbose)
+        below = self._below(verbose)
+        if width is not None:
+            below = [part for line in below for part in textwrap.wrap(line, max(width, 24))]
+        return "\n".join([terminal.text(header, rows, width), *below])
 
     def print(self, verbose: bool = False) -> None:
         """Print the table, in colours where stdout is a terminal."""
-        rows = self._rows(verbose)
-        styles = [style for _, style in rows]
-        terminal.show(_header(verbose), [row for row, _ in rows], styles, self._below(verbose))
+        terminal.show(*self._table(verbose), self._below(verbose))
 
     def __repr__(self) -> str:
         return str(self)
@@ -74,18 +84,74 @@ class Report:
     def __str__(self) -> str:
         return self.text(width=terminal.terminal_width())
 
-    def _rows(self, verbose: bool) -> list[tuple[terminal.Row, str]]:
-        """The cells of each row and its style."""
+    def columns(self, verbose: bool = False) -> dict[str, list[str]]:
+        """The cells of the table, unfolded: a list for each column, in the order of ``sites``.
+
+        Args:
+            verbose: with who decided, and the values of the ranges.
+        """
+        columns = {
+            "site": [s.name for s in self.sites],
+            "kind": [s.kind for s in self.sites],
+            "weight": ["x".join(map(str, s.weight_shape)) or "unknown" for s in self.sites],
+            "tiles": [
+                "x".join(map(str, s.tile_grid)) if s.status == "analog" else "-" for s in self.sites
+            ],
+        }
+        numbers = self._numbers()
+        if len(set(numbers.values())) > 1:
+            columns["config"] = [str(numbers.get(s.name, "-")) for s in self.sites]
+        if any(state.mode != "none" for state in self.ranges.values()):
+            states = [self.ranges.get(s.name) for s in self.sites]
+            columns["range"] = [_range(state, verbose) for state in states]
+        columns["status"] = [s.status for s in self.sites]
         if verbose:
-            return [
-                ((*_cells(s)[:-1], s.decided_by, _cells(s)[-1]), _STYLES[_rank(s)])
-                for s in self.sites
-            ]
-        return [
-            (row, _STYLES[rank])
-            for rank in range(len(_STYLES))
-            for row in terminal.counted([_cells(s) for s in self.sites if _rank(s) == rank])
+            columns["decided by"] = [s.decided_by for s in self.sites]
+        columns["reason"] = [_why(s) if s.status == "digital" else "" for s in self.sites]
+        return columns
+
+    def _numbers(self) -> dict[str, int]:
+        """The number of each analog site's config; equal configs have one number."""
+        distinct: list[TorchInferenceRPUConfig] = []
+        numbers = {}
+        for name, config in self.configs.items():
+            if config not in distinct:
+                distinct.append(config)
+            numbers[name] = distinct.index(config) + 1
+        return numbers
+
+    def _config_lines(self, verbose: bool) -> list[str]:
+        """What each config says: the first beside the default, the others beside the first."""
+        first: dict[int, TorchInferenceRPUConfig] = {}
+        for name, number in self._numbers().items():
+            first.setdefault(number, self.configs[name])
+        if len(first) < 1 + (not verbose):
+            return []
+        plain = described(first[1], TorchInferenceRPUConfig()) or "the default"
+        if len(first) == 1:
+            return [f"config: {plain}"]
+        others = [
+            f"config {number}: as 1, but {described(config, first[1])}"
+            for number, config in first.items()
+            if number > 1
         ]
+        return [f"config 1: {plain}", *others]
+
+    def _table(self, verbose: bool) -> tuple[terminal.Row, list[terminal.Row], list[str]]:
+        """The header, the rows and the style of each row."""
+        columns = self.columns(verbose)
+        cells = list(zip(*columns.values(), strict=True))
+        ranks = [_rank(s) for s in self.sites]
+        if verbose:
+            return tuple(columns), cells, [_STYLES[rank] for rank in ranks]
+        rows = [
+            (row, style)
+            for rank, style in enumerate(_STYLES)
+            for row in terminal.counted(
+                [c for c, own in zip(cells, ranks, strict=True) if own == rank]
+            )
+        ]
+        return tuple(columns), [row for row, _ in rows], [style for _, style in rows]
 
     def _below(self, verbose: bool) -> list[str]:
         analog = sum(s.status == "analog" for s in self.sites)
@@ -93,6 +159,7 @@ class Report:
             f"{analog} of {len(self.sites)} products analog, "
             f"{self.coverage:.1%} of the weight elements"
         ]
+        lines += self._config_lines(verbose)
         lines += [
             f"{n} computed by {how}"
             for how, n in Counter(self.kernels.values()).items()
@@ -113,21 +180,11 @@ def _rank(site: SiteReport) -> int:
     return 2 if site.status == "analog" else 1 if site.asked else 0
 
 
-def _header(verbose: bool) -> terminal.Row:
-    decided = ("decided by",) if verbose else ()
-    return ("site", "kind", "weight", "tiles", "status", *decided, "reason")
-
-
-def _cells(site: SiteReport) -> terminal.Row:
-    digital = site.status == "digital"
-    return (
-        site.name,
-        site.kind,
-        "x".join(map(str, site.weight_shape)) or "unknown",
-        "-" if digital else "x".join(map(str, site.tile_grid)),
-        site.status,
-        _why(site) if digital else "",
-    )
+def _range(state: RangeState | None, verbose: bool) -> str:
+    if state is None:
+        return "-"
+    values = f": {state.values}" if verbose and state.values else ""
+    return f"{state}{values}"
 
 
 def _why(site: SiteReport) -> str:
@@ -272,7 +329,9 @@ def report(analog: nn.Module) -> Report:
     compiled = _compiled.get(model) if isinstance(model, nn.Module) else None
     if chosen is not None:
         passes = dict(compiled.passes) if compiled else {}
-        return Report(_as_it_is(inner, chosen), passes, _kernels(inner))
+        ranges = {state.name: state for state in range_states(inner)}
+        placed = _as_it_is(inner, chosen)
+        return Report(placed, passes, _kernels(inner), ranges, _configs(inner))
     if compiled is not None:
         return compiled.report(model)
     raise PlacementError(
@@ -325,18 +384,26 @@ def _kernels(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _configs(model: nn.Module) -> dict[str, TorchInferenceRPUConfig]:
+    """The config of each site of an analog model, by the site's name."""
+    return {
+        site_name(path, site.name, len(module._analog.sites) > 1): module._analog.config
+        for path, module, site in sites(model)
+    }
+
+
 def check_strict(placed: Report) -> None:
     """Refuse products that stayed digital without being asked to.
 
     Raises:
         PlacementError: naming each of them.
     """
-    missed = [s for s in placed.sites if s.status == "digital" and not s.asked]
-    if missed:
-        header, rows = _header(False), terminal.counted([_cells(s) for s in missed])
-        keep = [0, 1, 2, len(header) - 1]  # they have neither tiles nor another status
-        shown = [tuple(cells[i] for i in keep) for cells in (header, *rows)]
+    missed = Report(tuple(s for s in placed.sites if s.status == "digital" and not s.asked))
+    if missed.sites:
+        columns = missed.columns()
+        header = ("site", "kind", "weight", "reason")
+        rows = terminal.counted([*zip(*(columns[name] for name in header), strict=True)])
         raise PlacementError(
             "strict: these products with parameters stayed digital without being asked to\n"
-            f"{terminal.text(shown[0], shown[1:])}"
+            f"{terminal.text(header, rows)}"
         )

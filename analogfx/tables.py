@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -12,14 +13,14 @@ RowT = TypeVar("RowT", bound=Hashable)
 
 
 def fold(rows: Iterable[tuple[str, RowT]]) -> list[tuple[str, int, RowT]]:
-    """Rows that differ in one number of their names alone, as one row.
+    """Rows that differ by the numbers in their names alone, as one row.
 
     Args:
-        rows: (dotted name, what else the row shows).
+        rows: (name with dots, what else the row shows).
 
     Returns:
-        (name, how many rows it stands for, what the row shows), in order of first appearance.
-        Numbers fold where they follow each other without a gap.
+        (name, how many rows it stands for, what the row shows), in order of first appearance. The
+        numbers in braces of a name stand for exactly the rows that there are.
 
     Example:
         >>> fold([("layers.0.fc", "8x8"), ("layers.1.fc", "8x8"), ("head", "2x8")])
@@ -38,36 +39,50 @@ def fold_names(rows: Iterable[tuple[str, Hashable]]) -> dict[str, str]:
     return {member: name for name, members, _ in _fold(rows) for member in members}
 
 
-_Folded = tuple[tuple[str, ...], tuple[str, ...], RowT]
-"""Parts of the name, the names that it stands for, what else the row shows."""
+_Numbers = tuple[int, ...]
+"""The numbers in a name."""
 
 
-def _fold(rows: Iterable[tuple[str, RowT]]) -> list[tuple[str, tuple[str, ...], RowT]]:
-    folded: list[_Folded[RowT]] = [(tuple(name.split(".")), (name,), row) for name, row in rows]
-    for place in reversed(range(max((len(parts) for parts, _, _ in folded), default=0))):
-        folded = _folded_at(folded, place)
-    return [(".".join(parts), members, row) for parts, members, row in folded]
+def _fold(rows: Iterable[tuple[str, RowT]]) -> Iterator[tuple[str, list[str], RowT]]:
+    """The name of each folded row, the names that it stands for, what else it shows."""
+    groups: dict[tuple[str, RowT], dict[_Numbers, list[str]]] = {}
+    for name, row in rows:
+        parts = name.split(".")
+        numbers = tuple(int(p) for p in parts if p.isdecimal())
+        pattern = ".".join("{}" if p.isdecimal() else p for p in parts)
+        groups.setdefault((pattern, row), {}).setdefault(numbers, []).append(name)
+    for (pattern, row), names in groups.items():
+        for block in _blocks({numbers: len(same) for numbers, same in names.items()}):
+            yield _filled(pattern, block), [n for numbers in block for n in names[numbers]], row
 
 
-def _folded_at(rows: Sequence[_Folded[RowT]], place: int) -> list[_Folded[RowT]]:
-    """Rows folded over the numbers at one place of their names."""
-    groups: dict[Hashable, list[_Folded[RowT]]] = {}
-    for parts, members, row in rows:
-        number = len(parts) > place and parts[place].isdecimal()
-        others = parts[:place] + parts[place + 1 :]
-        key = (others, len(members), row) if number else (parts,)
-        groups.setdefault((number, len(parts), key), []).append((parts, members, row))
-    out: list[_Folded[RowT]] = []
-    for group in groups.values():
-        numbers = [int(parts[place]) for parts, _, _ in group] if len(group) > 1 else []
-        if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            parts, _, row = group[0]
-            span = f"{{{numbers[0]}..{numbers[-1]}}}"
-            members = tuple(name for _, some, _ in group for name in some)
-            out.append(((*parts[:place], span, *parts[place + 1 :]), members, row))
-        else:
-            out += group
-    return out
+def _blocks(times: dict[_Numbers, int]) -> Iterator[list[_Numbers]]:
+    """Numbers, each with how often it comes, as full grids of numbers that come equally often."""
+    numbers = sorted(times)
+    axes = [sorted(set(axis)) for axis in zip(*numbers, strict=True)]
+    if numbers == [*itertools.product(*axes)] and len(set(times.values())) == 1:
+        yield numbers
+        return
+    if len(axes) < 2:  # some come more often than others
+        yield from ([n] for n in numbers)
+        return
+    for first in axes[0]:
+        yield from _blocks({n: times[n] for n in numbers if n[0] == first})
+
+
+def _filled(pattern: str, block: list[_Numbers]) -> str:
+    for axis in zip(*block, strict=True):
+        pattern = pattern.replace("{}", _braces(sorted(set(axis))), 1)
+    return pattern
+
+
+def _braces(axis: list[int]) -> str:
+    """A number, or several in braces; never ``{}``."""
+    if len(axis) == 1:
+        return str(axis[0])
+    if axis[-1] - axis[0] == len(axis) - 1:
+        return f"{{{axis[0]}..{axis[-1]}}}"
+    return f"{{{','.join(map(str, axis))}}}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,16 +1,13 @@
-"""Tables about a model in a terminal: what repeats in one row, wrapped to its width.
-
-Rows of layers that differ by their numbers alone are folded: ``layers.{0..31}.mlp.up`` stands for
-32 rows.
-"""
+"""Tables about a model in a terminal: what repeats in one row, wrapped to its width."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+from analogfx.tables import fold
 
 Row = tuple[str, ...]
 """The cells of one row; the first is the path of a module or parameter."""
@@ -19,68 +16,10 @@ _NARROWEST = 24
 """Columns that the last cell of a row gets, however narrow the terminal is."""
 
 
-def fold(rows: Sequence[Row]) -> list[tuple[Row, int]]:
-    """Rows that differ only by numbers in their path, as one.
-
-    Args:
-        rows: cells; the first one is a path with dots.
-
-    Returns:
-        Rows in the order of their first appearance, and how many each stands for.
-
-    Example:
-        >>> fold([("h.0.fc", "linear"), ("h.1.fc", "linear"), ("head", "linear")])
-        [(('h.{0..1}.fc', 'linear'), 2), (('head', 'linear'), 1)]
-    """
-    groups: dict[Row, list[tuple[int, ...]]] = {}
-    for path, *cells in rows:
-        parts = path.split(".")
-        numbers = tuple(int(p) for p in parts if p.isdecimal())
-        pattern = ".".join("{}" if p.isdecimal() else p for p in parts)
-        groups.setdefault((pattern, *cells), []).append(numbers)
-    return [
-        ((_filled(pattern, block), *cells), len(block) * times)
-        for (pattern, *cells), numbers in groups.items()
-        for block, times in _blocks(numbers)
-    ]
-
-
-def _blocks(numbers: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-    """Numbers as full grids, each with how often it comes."""
-    distinct = sorted(set(numbers))
-    axes = [sorted(set(axis)) for axis in zip(*distinct, strict=True)]
-    if distinct == [*itertools.product(*axes)] and len(numbers) % len(distinct) == 0:
-        yield distinct, len(numbers) // len(distinct)
-        return
-    if len(axes) < 2:  # some come more often than others
-        for value in distinct:
-            yield [value], numbers.count(value)
-        return
-    for first in axes[0]:
-        yield from _blocks([n for n in numbers if n[0] == first])
-
-
-def _filled(pattern: str, block: list[tuple[int, ...]]) -> str:
-    axes = [sorted(set(axis)) for axis in zip(*block, strict=True)]
-    for axis in axes:
-        pattern = pattern.replace("{}", _numbers(axis), 1)
-    return pattern
-
-
-def _numbers(axis: list[int]) -> str:
-    """A number, or several in braces; never ``{}``."""
-    if len(axis) == 1:
-        return str(axis[0])
-    if axis[-1] - axis[0] == len(axis) - 1:
-        return f"{{{axis[0]}..{axis[-1]}}}"
-    return f"{{{','.join(map(str, axis))}}}"
-
-
 def counted(rows: Sequence[Row]) -> list[Row]:
     """Folded rows, with how many each stands for behind its path."""
-    return [
-        (f"{path}  ×{count}" if count > 1 else path, *cells) for (path, *cells), count in fold(rows)
-    ]
+    folded = fold((path, tuple(cells)) for path, *cells in rows)
+    return [(f"{path}  ×{count}" if count > 1 else path, *cells) for path, count, cells in folded]
 
 
 def text(header: Row, rows: Sequence[Row], width: int | None = None) -> str:

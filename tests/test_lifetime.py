@@ -30,9 +30,9 @@ def loss(model):
     return model(X).square().mean()
 
 
-def measure(analog, **keywords):
+def measure(analog, metric=loss, **keywords):
     given = {"noise_model": chip.PCMLikeNoiseModel(), "times": (1, 86400), "chips": 4}
-    return analogfx.evaluate(analog, loss, progress=False, **given | keywords)
+    return analogfx.evaluate(analog, metric, progress=False, **given | keywords)
 
 
 def test_each_row_is_a_chip_that_can_be_programmed_again(analog):
@@ -139,6 +139,9 @@ def test_what_cannot_be_measured_is_refused(analog):
         measure(analog, times=())
     with pytest.raises(ValueError, match="AnalogLinear is in training mode"):
         measure(analog.train())
+    for found, told in (("good", "a str"), (torch.ones(3), r"a Tensor of shape \(3,\)")):
+        with pytest.raises(TypeError, match=f"the metric returned {told}: expected a number"):
+            measure(analog.eval(), metric=lambda _, found=found: found)
 
 
 @pytest.mark.parametrize(

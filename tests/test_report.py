@@ -2,7 +2,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from samples import IDENTITY, TILES, mlp
+import torch
+from samples import COARSE, IDENTITY, TILES, merged, mlp, ranged
 from torch import nn
 
 import analogfx
@@ -124,6 +125,64 @@ def test_the_report_of_an_analog_model():
         ("second", "linear", (4, 12), (3, 2), "analog"),
     ]
     assert {s.decided_by for s in placed.sites} == {"select"} and placed.coverage == 1.0
+
+
+def layers():
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+
+
+def test_the_table_says_which_config_and_what_set_the_ranges():
+    chip = {**ranged(), "noise_model": {"name": "PCMLikeNoiseModel"}}
+    analog = analogfx.analogize(
+        layers(), {"3": None, "2": merged(chip, {"forward": {"inp_res": 30}}), "*": ranged()}
+    )
+    analog[0:2](torch.randn(2, 4))
+    analogfx.calibrate(analog[2], [torch.randn(2, 4)], progress=False)
+    text = analogfx.report(analog).text().splitlines()
+    assert [" ".join(line.split()) for line in text[2:5]] == [
+        "3 linear 4x4 - - - digital left digital by the pattern '3'",
+        "{0..1} ×2 linear 4x4 1x1 1 1 of 3 batches analog",
+        "2 linear 4x4 1x1 2 set analog",
+    ]
+    assert text[6:] == [
+        "config 1: pre_post.input_range.enable True, pre_post.input_range.init_from_data 3",
+        "config 2: as 1, but forward.inp_res 30, noise_model PCMLikeNoiseModel",
+    ]
+
+
+def test_one_config_is_told_where_more_is_asked_for():
+    analog = analogfx.analogize(layers(), COARSE)
+    assert "config" not in analogfx.report(analog).text()
+    verbose = analogfx.report(analog).text(verbose=True)
+    assert "config: forward.inp_res 6, pre_post.input_range.enable True" in verbose
+    plain = analogfx.report(analogfx.analogize(layers(), IDENTITY))
+    assert "config: the default" in plain.text(verbose=True)
+    assert "range" not in plain.text()
+
+
+def test_values_of_ranges_are_told_where_more_is_asked_for():
+    analog = analogfx.analogize(
+        layers(), merged(ranged(), TILES, {"mapping": {"max_input_size": 2}})
+    )
+    with torch.no_grad():
+        analog[1].input_range.copy_(torch.tensor([1.5, 2.25]))
+    rows = analogfx.report(analog).text(verbose=True).splitlines()[2:6]
+    assert "0 of 3 batches: 3  " in rows[0] and "0 of 3 batches: 1.5 to 2.25  " in rows[1]
+
+
+def test_configs_and_ranges_are_plain_data():
+    analog = analogfx.analogize(layers(), {"0": IDENTITY, "*": ranged()})
+    data = json.loads(json.dumps(analogfx.report(analog).to_dict()))
+    assert data["configs"] == {"0": 1, "1": 2, "2": 2, "3": 2}
+    assert data["ranges"]["0"]["mode"] == "none"
+    assert data["ranges"]["1"] == {
+        "name": "1", "mode": "static", "seen": 0, "wanted": 3, "smallest": 3.0, "largest": 3.0
+    }  # fmt: skip
+
+
+def test_a_model_on_meta_has_a_report():
+    analog = analogfx.analogize(layers().to("meta"), ranged())
+    assert [s.status for s in analogfx.report(analog).sites] == ["analog"] * 4
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), analogfx.analogize(mlp(), IDENTITY).first])

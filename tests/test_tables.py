@@ -1,3 +1,5 @@
+import pytest
+
 from analogfx.tables import fold, fold_names, table
 
 
@@ -16,17 +18,21 @@ def test_rows_that_differ_stay():
     assert fold([("a.0", 1), ("a.1", 2)]) == [("a.0", 1, 1), ("a.1", 1, 2)]
 
 
-def test_a_gap_stays():
-    assert fold([("a.0", 1), ("a.2", 1)]) == [("a.0", 1, 1), ("a.2", 1, 1)]
-
-
-def test_two_numbers_fold_both():
-    rows = [(f"l.{i}.e.{j}", "x") for i in range(3) for j in range(4)]
-    assert fold(rows) == [("l.{0..2}.e.{0..3}", 12, "x")]
-
-
-def test_nothing():
-    assert fold([]) == []
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0", "a.1.b.1"], [("a.{0..1}.b.{0..1}", 4)]),
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0"], [("a.0.b.{0..1}", 2), ("a.1.b.0", 1)]),
+        (["h.0", "h.2", "h.5"], [("h.{0,2,5}", 3)]),
+        (["h.0", "h.0", "h.1", "h.1"], [("h.{0..1}", 4)]),
+        (["h.0", "h.0", "h.1"], [("h.0", 2), ("h.1", 1)]),
+        (["conv1", "conv2"], [("conv1", 1), ("conv2", 1)]),
+        (["w", "w"], [("w", 2)]),
+        ([], []),
+    ],
+)
+def test_numbers_in_braces_stand_for_exactly_the_rows_there_are(names, folded):
+    assert [(name, n) for name, n, _ in fold((name, None) for name in names)] == folded
 
 
 def test_a_table_is_aligned():

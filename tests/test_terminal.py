@@ -1,31 +1,7 @@
 import io
 import sys
 
-import pytest
-
 from analogfx import terminal
-
-
-def test_rows_that_differ_by_numbers_are_one():
-    rows = [(f"h.{i}.fc", "linear") for i in range(3)] + [("head", "linear")]
-    assert terminal.fold(rows) == [(("h.{0..2}.fc", "linear"), 3), (("head", "linear"), 1)]
-
-
-@pytest.mark.parametrize(
-    ("paths", "folded"),
-    [
-        (["a.0.b.0", "a.0.b.1", "a.1.b.0", "a.1.b.1"], [("a.{0..1}.b.{0..1}", 4)]),
-        (["a.0.b.0", "a.0.b.1", "a.1.b.0"], [("a.0.b.{0..1}", 2), ("a.1.b.0", 1)]),
-        (["h.0", "h.2", "h.5"], [("h.{0,2,5}", 3)]),
-        (["h.0", "h.0", "h.1", "h.1"], [("h.{0..1}", 4)]),
-        (["h.0", "h.0", "h.1"], [("h.0", 2), ("h.1", 1)]),
-        (["conv1", "conv2"], [("conv1", 1), ("conv2", 1)]),
-        (["w", "w"], [("w", 2)]),
-        ([], []),
-    ],
-)
-def test_numbers_in_braces_stand_for_exactly_the_rows_there_are(paths, folded):
-    assert [(row[0], n) for row, n in terminal.fold([(p,) for p in paths])] == folded
 
 
 def test_other_cells_keep_rows_apart():

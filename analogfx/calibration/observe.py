@@ -18,10 +18,10 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.capture import Pattern, capture, pattern_of
 from analogfx.modules.driven import bound
 from analogfx.modules.placement import Placement
-from analogfx.modules.program import Program
+from analogfx.modules.program import ModuleContext, Program
 from analogfx.passes import pipeline
 from analogfx.passes.chain import made_for, role
-from analogfx.passes.contract import Context, Site
+from analogfx.passes.contract import Site
 
 Watch = Callable[[Graph, Site], None]
 """Puts nodes that call an observer into a graph, for one site."""
@@ -128,7 +128,7 @@ def watching(
 
 def _watched_graph(module: nn.Module, config: Resolved, pattern: Pattern, watch: Watch) -> Graph:
     graph = capture(module, False, pattern)
-    context = Context(config, training=False)
+    context = ModuleContext(config, training=False, module=module)
     pipeline.run(pipeline.EXPLICIT, graph, context)
     for site in context.sites:
         watch(graph, site)

@@ -40,7 +40,11 @@ class _Shown:
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
         """Every product, one a line; sizes joined by x."""
+        columns = self.found.columns()
+        extra = {name: columns[name] for name in ("config", "range") if name in columns}
         rows = [asdict(site) for site in self.found.sites]
+        for row, *cells in zip(rows, *extra.values(), strict=True):
+            row.update(zip(extra, cells, strict=True))
         header = list(rows[0]) if rows else []
         values = (
             ["x".join(map(str, v)) if isinstance(v, tuple) else v for v in row.values()]
@@ -61,22 +65,11 @@ class _Shown:
             ]
         )
         page.picture(shares([("analog", found.coverage), ("digital", 1 - found.coverage)]))
-        rows = [
-            (
-                site.name,
-                (
-                    site.kind,
-                    "x".join(map(str, site.weight_shape)),
-                    "x".join(map(str, site.tile_grid)) if site.status == "analog" else "-",
-                    site.status,
-                    site.decided_by,
-                    site.reason,
-                ),
-            )
-            for site in found.sites
-        ]
-        header = ("site", "kind", "weight", "tiles", "status", "decided by", "reason")
-        page.table(header, [(name, *row) for name, _, row in fold(rows)], texts=(6,))
+        columns = found.columns()
+        rows = zip(*columns.values(), strict=True)
+        folded = fold((name, tuple(cells)) for name, *cells in rows)
+        last = len(columns) - 1
+        page.table(tuple(columns), [(name, *cells) for name, _, cells in folded], texts=(last,))
         page.write(path)
 
 

@@ -88,7 +88,7 @@ class Program:
 
 
 @dataclass
-class _ModuleContext(Context):
+class ModuleContext(Context):
     """Answers for a graph that runs with the module itself as ``self``."""
 
     module: nn.Module = field(default_factory=nn.Module)
@@ -151,7 +151,7 @@ def _build(
     share: Share | None = None,
 ) -> Program:
     graph = capture(module, training, pattern)
-    context = _ModuleContext(config, training, module=module)
+    context = ModuleContext(config, training, module=module)
     after = None
     if debug_dir is not None:
         after = functools.partial(_write, debug_dir, itertools.count(1))

@@ -19,9 +19,9 @@ from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import required_sites, unwrapped
 from analogfx.page.charts import bars
 from analogfx.page.document import Document
+from analogfx.ranges import warn_unset
 from analogfx.search.perturb import as_perturbation
 from analogfx.tables import table, write_csv
-from analogfx.unset import warn_unset
 
 MODES = ("alone", "all_but")
 

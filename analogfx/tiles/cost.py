@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from analogfx import files
-from analogfx.errors import ConfigError, Conflict
+from analogfx.errors import ConfigError, Conflict, shown
 from analogfx.hardware import HOROWITZ_INT8, DigitalReference, Hardware
 from analogfx.tables import fold, table, write_csv
 from analogfx.tiles.known import product, ratio, total
@@ -208,11 +208,15 @@ def cost(mapped: TileMap, hardware: Hardware, reference: DigitalReference = HORO
 
     Raises:
         ConfigError: the map is for crossbars of another size than the hardware's.
+        TypeError: the map is none, or the hardware is none, such as a preset's name.
 
     Example:
         >>> mapped = analogfx.tile_map(analog, (256, 256), inputs=images[:1])
         >>> print(analogfx.cost(mapped, analogfx.hardware.HERMES_ONE_PHASE))
     """
+    for value, kind in ((mapped, TileMap), (hardware, Hardware), (reference, DigitalReference)):
+        if not isinstance(value, kind):
+            raise TypeError(f"expected a {kind.__name__}, found {shown(value)}")
     size = hardware.crossbar_rows, hardware.crossbar_columns
     if mapped.crossbar != size:
         valid = f"{size}, the crossbar of {hardware.name}"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import LAYERS, layer_and_input, merged, ranged
 from torch import nn
+from torch.nn.functional import linear as linear_product
 from torch.nn.functional import unfold
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -94,6 +95,35 @@ def test_several_sites_of_a_module_are_told_apart():
     assert result.sites[0].after == (x.max().item(),)
     hidden = x @ model.up.t()
     torch.testing.assert_close(analog.down_input_range.detach(), hidden.max().view(1))
+
+
+class ReadsItsChild(nn.Module):
+    """Multiplies by its child's weight, as Mamba does, and by its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+        self.own = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        hidden = linear_product(x, self.child.weight, self.child.bias)
+        return linear_product(hidden, self.own)
+
+
+def test_a_childs_product_is_the_childs_wherever_it_is_computed():
+    torch.manual_seed(0)
+    model, x = ReadsItsChild(), torch.randn(5, 4)
+    analog = analogfx.analogize(model, merged(ranged(), DAC))
+    calibrate(analog, [x], adc=True)
+    assert analog.child.input_range.item() == x.abs().max()
+    hidden = model.child(x)
+    torch.testing.assert_close(analog.input_range[0], hidden.abs().max())
+
+
+def test_an_input_that_does_not_fit_is_refused_by_the_layers_name():
+    analog = analogfx.analogize(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), merged(ranged(), DAC))
+    with pytest.raises(RuntimeError, match=r"^1: expected an input \(..., 4\), found \(2, 5\)"):
+        calibrate(analog, [torch.randn(2, 5)])
 
 
 def test_deeper_layers_see_exact_products():

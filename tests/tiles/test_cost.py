@@ -118,6 +118,14 @@ def test_another_size_is_refused():
         analogfx.cost(analogfx.tile_map(linear(6, 12)), CHIP)
 
 
+def test_what_is_no_map_and_no_hardware_is_refused():
+    mapped = analogfx.tile_map(linear(6, 12), (8, 4))
+    with pytest.raises(TypeError, match="expected a Hardware, found 'isaac'"):
+        analogfx.cost(mapped, "isaac")
+    with pytest.raises(TypeError, match="expected a TileMap, found Linear"):
+        analogfx.cost(nn.Linear(2, 2), CHIP)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("read_energy_pj", -1.0), ("adc_time_ns", float("nan")), ("phases", 0), ("input_bytes", True)],

@@ -6,7 +6,7 @@ from samples import merged, ranged
 from torch import nn
 
 import analogfx
-from analogfx.unset import unset_ranges, warn_unset
+from analogfx.ranges import range_states, warn_unset
 
 
 def network(**fields):
@@ -30,7 +30,8 @@ def test_a_tile_without_data_counts():
     for _ in range(3):
         analog[0](torch.tensor([[1.0, 2.0, 0.0, 0.0]]))
         analog[1](torch.randn(2, 4, 3))
-    assert [(u.name, u.seen) for u in unset_ranges(analog)] == [("0", 0)]
+    unset = [state for state in range_states(analog) if state.is_unset]
+    assert [(state.name, state.seen) for state in unset] == [("0", 0)]
 
 
 def test_set_ranges_are_no_warning():
