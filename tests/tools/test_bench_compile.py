@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # where a command finds its modules
 import bench  # noqa: E402
 import bench_compile  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 @pytest.fixture
