@@ -308,7 +308,7 @@ def program(
         config = module._analog.config
         of_site = config.noise_model if model is None else model
         if of_site is None:
-            valid = "a noise model, here or as program(..., noise_model=)"
+            valid = "a noise model, in the config or as noise_model (--noise in a shell)"
             raise ConfigError([Conflict("noise_model", None, valid)], name)
         weight = dense_weight(module, site)
         if weight.is_meta:

@@ -116,5 +116,9 @@ class KernelError(AnalogfxError, RuntimeError):
     """Triton was asked for where its kernels cannot serve; says why."""
 
 
+class MetricError(AnalogfxError, TypeError):
+    """A metric of a model that gave something else than a number."""
+
+
 class CalibrationError(AnalogfxError, ValueError):
     """A calibration that was asked for in a way that cannot be done, or got no data."""

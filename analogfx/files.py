@@ -154,11 +154,33 @@ def sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------- writing
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file in one step: whoever reads it finds what was there before, or all of the text.
+
+    What is no regular file, such as ``/dev/stdout``, is written to as it is.
+
+    Raises:
+        OSError: the system's own reason, with the name of the file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8", newline="")
+        return
+    try:
+        place = tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    with place as folder:
+        written = Path(folder, target.name)
+        written.write_text(text, encoding="utf-8", newline="")
+        os.replace(written, target)
+
+
 def json_text(data: Any, path: str | os.PathLike[str] | None = None) -> str:
     """Plain data as JSON, written to a file, too, if one is named."""
     text = json.dumps(data, indent=2)
     if path is not None:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     return text
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from analogfx import files
 from analogfx.device import key
 from analogfx.errors import CheckpointError
 from analogfx.modules.sites import required_sites
@@ -42,10 +43,7 @@ class Journal:
         if self.path.exists():
             self._read(head)
         lines = [head, *(self._line(name, value) for name, value in self.values.items())]
-        text = "".join(line + "\n" for line in lines)
-        beside = self.path.with_name(self.path.name + ".new")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path)
+        files.write_text(self.path, "".join(line + "\n" for line in lines))
 
     def _read(self, head: str) -> None:
         assert self.path is not None

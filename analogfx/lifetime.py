@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ from analogfx.measure import chip_seed, measure
 from analogfx.page.charts import band
 from analogfx.page.document import Document
 from analogfx.ranges import warn_unset
+from analogfx.tables import write_csv
 
 TIMES = (1.0, 3600.0, 86400.0, 31_536_000.0)
 """A second, an hour, a day, a year."""
@@ -103,10 +102,7 @@ class Lifetime:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """All measurements, one a line: chip, seed, seconds, value."""
-        with Path(path).open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(Row._fields)
-            writer.writerows(self.rows)
+        write_csv(path, Row._fields, self.rows)
 
     def to_html(self, path: str | os.PathLike[str], label: str = "metric") -> None:
         """One HTML file with the table and a picture, for a browser, without a network."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from analogfx.device import key
+from analogfx.errors import MetricError
 
 Metric = Callable[[Any], Any]
 
@@ -18,7 +19,7 @@ def measure(metric: Metric, model: nn.Module, seed: int) -> float:
     """One number, without gradients. What the metric draws on the CPU is the same every time.
 
     Raises:
-        TypeError: the metric returned something that is no number.
+        MetricError: the metric returned something that is no number.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "metric"))
@@ -27,7 +28,7 @@ def measure(metric: Metric, model: nn.Module, seed: int) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError):
         size = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
-        raise TypeError(
+        raise MetricError(
             f"the metric returned a {type(found).__name__}{size}: expected a number"
         ) from None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TextIO, TypeVar
+
+from analogfx import files
 
 RowT = TypeVar("RowT", bound=Hashable)
 
@@ -104,8 +106,9 @@ def write_csv(
 ) -> None:
     """Write a table as CSV, to a file or to a stream that is open; None is an empty field."""
     if isinstance(target, (str, os.PathLike)):
-        with Path(target).open("w", newline="", encoding="utf-8") as stream:
-            write_csv(stream, header, rows)
+        text = io.StringIO(newline="")
+        write_csv(text, header, rows)
+        files.write_text(target, text.getvalue())
         return
     writer = csv.writer(target)
     writer.writerow(header)

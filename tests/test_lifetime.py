@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import analogfx
 from analogfx import chip
-from analogfx.errors import CheckpointError
+from analogfx.errors import CheckpointError, MetricError
 from analogfx.lifetime import Lifetime, Row, named, seconds
 
 PCM = chip.PCMLikeNoiseModel()
@@ -140,7 +140,7 @@ def test_what_cannot_be_measured_is_refused(analog):
     with pytest.raises(ValueError, match="AnalogLinear is in training mode"):
         measure(analog.train())
     for found, told in (("good", "a str"), (torch.ones(3), r"a Tensor of shape \(3,\)")):
-        with pytest.raises(TypeError, match=f"the metric returned {told}: expected a number"):
+        with pytest.raises(MetricError, match=f"the metric returned {told}: expected a number"):
             measure(analog.eval(), metric=lambda _, found=found: found)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
+
+from analogfx import files
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2024; --paper: #ffffff; --muted: #5b6670;
@@ -112,8 +112,4 @@ class Document:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file in one step: an interrupted one leaves what was there."""
-        target = Path(path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as scratch:
-            written = Path(scratch, target.name)
-            written.write_text(self.html(), encoding="utf-8")
-            os.replace(written, target)
+        files.write_text(path, self.html())
