@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from analogfx.chip.converters import ConductanceConverter
+from analogfx.chip.converters import ConductanceConverter, SinglePairConductanceConverter
 from analogfx.chip.record import Record
 from analogfx.errors import ConfigError, Conflict
 
@@ -39,9 +39,6 @@ class NoiseModel(Record):
         @dataclass(frozen=True)
         class Fading(NoiseModel):
             rate: float = 1e-6
-            g_converter: ConductanceConverter = field(
-                default_factory=SinglePairConductanceConverter
-            )
 
             def programmed(self, target, draw):
                 return (target + 0.5 * draw(target)).clamp_min(0.0)
@@ -54,7 +51,8 @@ class NoiseModel(Record):
     """
 
     kind = "noise model"
-    g_converter: ConductanceConverter
+    g_converter: ConductanceConverter = SinglePairConductanceConverter()
+    """How weights become conductances: pairs of devices, for a model without such a field."""
 
     def programmed(self, target: Tensor, draw: Draw) -> Tensor:
         """Conductances that programming to a target leaves."""

@@ -1,7 +1,7 @@
 """Every noise model and converter against AIHWKIT 1.1.0 itself, fed with the same normals."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -194,9 +194,6 @@ def test_a_model_is_written_by_name_and_parameters(name):
 @dataclass(frozen=True)
 class Fading(chip.NoiseModel):
     rate: float = 1e-6
-    g_converter: chip.ConductanceConverter = field(
-        default_factory=chip.SinglePairConductanceConverter
-    )
 
     def programmed(self, target, draw):
         return target
@@ -210,6 +207,11 @@ class Fading(chip.NoiseModel):
 
 def test_a_model_of_ones_own_is_read_once_it_is_defined():
     assert read(chip.NoiseModel, {"name": "Fading", "rate": 1.0}, "noise_model") == Fading(1.0)
+
+
+def test_a_model_without_a_converter_has_pairs_of_devices():
+    assert Fading().g_converter == chip.SinglePairConductanceConverter()
+    assert Fading().to_dict() == {"name": "Fading", "rate": 1e-6}
 
 
 def test_names_of_the_package_stay_its_own():

@@ -41,6 +41,7 @@ def test_goals_that_are_missed_are_marked():
     assert line == "| `M` | 2 | 60 | ×6.0 **missed** | ×0.50 | ×1.00 | 12.0 |"
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 def test_what_the_peer_does_is_a_reading_too():
     pytest.importorskip("aihwkit")
     weight = torch.randn(4, 4)
