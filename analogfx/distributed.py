@@ -98,7 +98,7 @@ def prepare_training(
         raise
     names = ",".join(group.group_name for group in groups) if exact else ""
     collect_statistics(model, on=True, processes=names)
-    handle = optimizer.register_step_pre_hook(lambda opt, *_: step.before(opt))
+    handle = optimizer.register_step_pre_hook(step.hook)
     return Preparation(model, [handle, clipping])
 
 
@@ -289,6 +289,25 @@ class _Step:
         self.parts = {group.group_name for group in _tensor_parallel(model)}
         """Names of the groups whose processes have a part of each layer."""
         self._tiles_held: dict[Any, Tensor] = {}
+
+    def hook(
+        self, optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What an optimizer calls first: gradients may be there, or a closure makes them later."""
+        own, *rest = args
+        closure = rest[0] if rest else options.get("closure")
+        if closure is None:
+            self.before(optimizer)
+            return None
+
+        def completed() -> Any:
+            loss = closure()
+            self.before(optimizer)
+            return loss
+
+        if rest:
+            return (own, completed, *rest[1:]), options
+        return args, {**options, "closure": completed}
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:

@@ -184,6 +184,33 @@ def test_a_compiled_step_gathers_as_eager_does():
         torch.testing.assert_close(found[name], expected[name])
 
 
+@pytest.mark.parametrize("way", ["argument", "by its name"])
+def test_a_closure_that_makes_the_gradients_is_waited_for(way):
+    """PyTorch Lightning steps so, and whoever writes a loop as torch's page of optimizers does."""
+    digital, x = layer_and_input("linear")
+    plain, closed = (analogfx.analogize(digital, CONFIGS["DAC and ADC"]) for _ in range(2))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (plain, closed)]
+    for model, optimizer in zip((plain, closed), optimizers, strict=True):
+        analogfx.prepare_training(optimizer, model)
+    expected = train(plain, optimizers[0], batches(x))
+    for each in batches(x):
+
+        def closure(each=each):
+            optimizers[1].zero_grad()
+            loss = closed(each).square().mean()
+            loss.backward()
+            return loss
+
+        loss = (
+            optimizers[1].step(closure)
+            if way == "argument"
+            else optimizers[1].step(closure=closure)
+        )
+        assert loss.isfinite()
+    for name, value in closed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_accelerates_wrapper_of_an_optimizer():
     accelerate = pytest.importorskip("accelerate")
     model = analogfx.analogize(nn.Linear(4, 3), ranged(learn_input_range=False))
