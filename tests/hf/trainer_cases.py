@@ -1,10 +1,11 @@
-"""Trainer on two processes, compared with a loop in one."""
+"""Trainer on two processes, compared with a loop in one; and the cases of ``tp_plan_cases.py``."""
 
 import functools
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import tp_plan_cases
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from distributed_models import whole
 from processes import alone, gathered
@@ -92,4 +93,5 @@ CASES = {
     "one batch in a step": functools.partial(under_ddp, accumulate=1),
     "two batches in a step": functools.partial(under_ddp, accumulate=2),
     "FSDP2, and resumed": under_fsdp,
+    **tp_plan_cases.CASES,
 }
