@@ -80,7 +80,7 @@ def prepare_training(
         ValueError: the optimizer holds none of the analog parameters.
         PlacementError: the model is tensor-parallel over some of all processes, and nothing says
             which of the others are data-parallel; or it is in ``FullyShardedDataParallel``, FSDP's
-            first version, whose flat parameters have no ranges to write.
+            first version, or in stage 3 of ZeRO, which leave a module no ranges to write.
 
     Example:
         >>> model = DistributedDataParallel(analogize(net, recipes.afm()))
@@ -103,11 +103,17 @@ def prepare_training(
 
 
 def _refuse_flat_parameters(model: nn.Module) -> None:
-    """Refuse the first version of FSDP: between forwards a module has none of its parameters.
+    """Refuse the first version of FSDP, and ZeRO-3: between forwards a module has no parameters.
 
     Raises:
         PlacementError: saying what to use.
     """
+    for path, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):  # DeepSpeed's mark of what stage 3 keeps in parts
+            raise PlacementError(
+                f"{path} is in stage 3 of DeepSpeed's ZeRO, whose patched forwards cannot be "
+                "traced: use fully_shard of torch.distributed.fsdp, or stage 1 or 2"
+            )
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for path, module in model.named_modules():
