@@ -80,7 +80,7 @@ def prepare_training(
         ValueError: the optimizer holds none of the analog parameters.
         PlacementError: the model is tensor-parallel over some of all processes, and nothing says
             which of the others are data-parallel; or it is in ``FullyShardedDataParallel``, FSDP's
-            first version, whose flat parameters have no ranges to write.
+            first version, or in stage 3 of ZeRO, which leave a module no ranges to write.
 
     Example:
         >>> model = DistributedDataParallel(analogize(net, recipes.afm()))
@@ -98,16 +98,22 @@ def prepare_training(
         raise
     names = ",".join(group.group_name for group in groups) if exact else ""
     collect_statistics(model, on=True, processes=names)
-    handle = optimizer.register_step_pre_hook(lambda opt, *_: step.before(opt))
+    handle = optimizer.register_step_pre_hook(step.hook)
     return Preparation(model, [handle, clipping])
 
 
 def _refuse_flat_parameters(model: nn.Module) -> None:
-    """Refuse the first version of FSDP: between forwards a module has none of its parameters.
+    """Refuse the first version of FSDP, and ZeRO-3: between forwards a module has no parameters.
 
     Raises:
         PlacementError: saying what to use.
     """
+    for path, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):  # DeepSpeed's mark of what stage 3 keeps in parts
+            raise PlacementError(
+                f"{path} is in stage 3 of DeepSpeed's ZeRO, whose patched forwards cannot be "
+                "traced: use fully_shard of torch.distributed.fsdp, or stage 1 or 2"
+            )
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for path, module in model.named_modules():
@@ -289,6 +295,25 @@ class _Step:
         self.parts = {group.group_name for group in _tensor_parallel(model)}
         """Names of the groups whose processes have a part of each layer."""
         self._tiles_held: dict[Any, Tensor] = {}
+
+    def hook(
+        self, optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What an optimizer calls first: gradients may be there, or a closure makes them later."""
+        own, *rest = args
+        closure = rest[0] if rest else options.get("closure")
+        if closure is None:
+            self.before(optimizer)
+            return None
+
+        def completed() -> Any:
+            loss = closure()
+            self.before(optimizer)
+            return loss
+
+        if rest:
+            return (own, completed, *rest[1:]), options
+        return args, {**options, "closure": completed}
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:

@@ -61,6 +61,22 @@ def part_within(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
+def trained_copy(parameter: Tensor) -> Tensor | None:
+    """What DeepSpeed's ZeRO trains in place of a parameter: its values in float32, gathered.
+
+    Every process must ask. None for a parameter that ZeRO does not train, and for all of them where
+    DeepSpeed is not loaded.
+    """
+    deepspeed = sys.modules.get("deepspeed.utils")
+    return None if deepspeed is None else deepspeed.safe_get_full_fp32_param(parameter)
+
+
+def store_trained_copy(parameter: Tensor, value: Tensor) -> None:
+    """Write a parameter that ZeRO trains: the float32 values, of which a process has a part."""
+    sys.modules["deepspeed.utils"].safe_set_full_fp32_param(parameter, value)
+    parameter.copy_(value)
+
+
 def mesh_groups(tensor: Tensor) -> set[str]:
     """Names of the process groups of the mesh that a sharded tensor lies on."""
     spec: Any = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -63,7 +64,13 @@ def clip_what_has_a_bound(optimizer: Optimizer, analog: nn.Module) -> RemovableH
     found = required_sites(analog)
     trained = [p for _, m, _ in found for p in m.parameters() if p.requires_grad]
     if trained and not any(id(p) in held for p in trained):
-        raise ValueError("the optimizer holds no parameter of the analog layers of this model")
+        message = "the optimizer holds no parameter of the analog layers of this model"
+        if "deepspeed" in sys.modules:
+            message += (
+                ". ZeRO trains flat copies of parameters: keep input ranges out of it, and give "
+                "them an optimizer of their own, which prepare_training() takes"
+            )
+        raise ValueError(message)
     return optimizer.register_step_post_hook(lambda *_: _clip_if_trained(analog))
 
 
@@ -119,10 +126,8 @@ def _clip_weights(analog: nn.Module) -> None:
         if config in clipped and not weight.is_meta:  # tied: the bound is that of unclipped weights
             continue
         clipped.append(config)
-        parameter = parameter_of(module, site) if sharded else None
-        if parameter is None:
-            _clip(module, site, weight, config)
-        elif weight is not parameter or site.experts:
+        parameter = parameter_of(module, site)
+        if not sharded or weight is not parameter or site.experts:
             with gathered(module, site) as holder:
                 _clip(holder, site, site.weight(holder), config)
         elif _clip_groups(parameter, config):

@@ -1,6 +1,7 @@
 """prepare_training with one process; two are in ``tests/distributed``."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -184,6 +185,33 @@ def test_a_compiled_step_gathers_as_eager_does():
         torch.testing.assert_close(found[name], expected[name])
 
 
+@pytest.mark.parametrize("way", ["argument", "by its name"])
+def test_a_closure_that_makes_the_gradients_is_waited_for(way):
+    """PyTorch Lightning steps so, and whoever writes a loop as torch's page of optimizers does."""
+    digital, x = layer_and_input("linear")
+    plain, closed = (analogfx.analogize(digital, CONFIGS["DAC and ADC"]) for _ in range(2))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (plain, closed)]
+    for model, optimizer in zip((plain, closed), optimizers, strict=True):
+        analogfx.prepare_training(optimizer, model)
+    expected = train(plain, optimizers[0], batches(x))
+    for each in batches(x):
+
+        def closure(each=each):
+            optimizers[1].zero_grad()
+            loss = closed(each).square().mean()
+            loss.backward()
+            return loss
+
+        loss = (
+            optimizers[1].step(closure)
+            if way == "argument"
+            else optimizers[1].step(closure=closure)
+        )
+        assert loss.isfinite()
+    for name, value in closed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_accelerates_wrapper_of_an_optimizer():
     accelerate = pytest.importorskip("accelerate")
     model = analogfx.analogize(nn.Linear(4, 3), ranged(learn_input_range=False))
@@ -238,6 +266,46 @@ def test_it_names_what_it_cannot_use():
     with pytest.raises(ValueError, match="holds no parameter"):
         analogfx.prepare_training(other, model)
     assert not model._analog.resolved.collects
+
+
+class ZeRO:
+    """What DeepSpeed's public functions do with the copies that ZeRO-1 and ZeRO-2 train."""
+
+    def __init__(self, parameter):
+        self.parameter, self.copy = parameter, parameter.detach().float()
+
+    def safe_get_full_fp32_param(self, parameter):
+        return self.copy.clone() if parameter is self.parameter else None
+
+    def safe_set_full_fp32_param(self, parameter, value):
+        assert parameter is self.parameter
+        self.copy = value.clone()
+
+
+@pytest.mark.parametrize("kind", ["LayerGaussian", "LayerGaussianPerChannel"])
+def test_what_zero_trains_in_place_of_a_weight_is_clipped(kind, monkeypatch):
+    """tests/distributed/test_deepspeed.py has DeepSpeed itself, where it is installed."""
+    made = merged(ranged(), clip(kind, sigma=1.0))
+    digital = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    dense, model = analogfx.analogize(digital, made), analogfx.analogize(digital, made).bfloat16()
+    zero = ZeRO(model[0].weight)
+    zero.copy = digital[0].weight.detach().clone()  # more bits than the weight
+    monkeypatch.setitem(sys.modules, "deepspeed", zero)
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", zero)
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "range" in n], lr=0.1)
+    analogfx.prepare_training(optimizer, model)
+    train(model, optimizer, [torch.randn(3, 6).bfloat16()])
+    analogfx.clip_weights(dense)
+    assert not torch.equal(dense[0].weight, digital[0].weight)
+    torch.testing.assert_close(zero.copy, dense[0].weight.detach())
+    assert torch.equal(model[0].weight, zero.copy.bfloat16())
+    torch.testing.assert_close(model[1].weight.float(), dense[1].weight, rtol=0.02, atol=0.01)
+    other = torch.optim.SGD([nn.Parameter(zero.copy.flatten())], lr=0.1)
+    with pytest.raises(ValueError, match=r"ZeRO trains flat copies .*keep input ranges out of it"):
+        analogfx.prepare_training(other, model)
+    model[1].weight.ds_id = 0
+    with pytest.raises(PlacementError, match=r"^1[.]weight is in stage 3 .*use fully_shard"):
+        analogfx.prepare_training(optimizer, model)
 
 
 def test_experts_are_refused_by_name():

@@ -14,6 +14,7 @@ from analogfx.api import analogize
 from analogfx.config import TorchInferenceRPUConfig
 from analogfx.errors import CheckpointError, PlacementError, shown
 from analogfx.hf.config import METHOD, AnalogConfig, became_analog
+from analogfx.hf.tensor_parallel import follow_plan
 from analogfx.manifest import Manifest
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import sites
@@ -73,6 +74,7 @@ class AnalogQuantizer(HfQuantizer):
         for path, module, site in sites(model):
             for variable in VARIABLES:
                 self._complete(path, module, site.state.of(variable), variable)
+        follow_plan(model)
         self.remove_quantization_config(model)
         for inner in model.modules():  # some models compute otherwise where they find it
             if isinstance(inner, PreTrainedModel):

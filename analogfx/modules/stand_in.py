@@ -38,7 +38,7 @@ class StandIn:
         modules = dict(module.named_modules())
         for inner in modules.values():
             cls = self._class(type(inner))
-            self._twins[id(inner)] = cls.__new__(cls)
+            self._twins[id(inner)] = object.__new__(cls)  # FSDP2's makes another class
         for inner in modules.values():
             self._fill(inner, self._twins[id(inner)])
         self.module: nn.Module = self._twins[id(module)]

@@ -74,17 +74,19 @@ def dense_weight(module: nn.Module, site: AnalogSite) -> Tensor:
 def gathered(module: nn.Module, site: AnalogSite) -> Iterator[nn.Module]:
     """What to write a site's weight to: the module, or where that has a shard, a stand-in for it.
 
-    The stand-in has the parameter as a whole. What is written to it is written to the shard
-    afterwards. Every process must come here.
+    The stand-in has the parameter as a whole, in float32 where DeepSpeed's ZeRO trains such a copy
+    of it. What is written to it is written to the shard afterwards. Every process must come here.
 
     Raises:
         CaptureError: the weight is computed from its parameter, so it cannot be written back.
     """
     parameter = parameter_of(module, site)
-    if not shards.is_sharded(parameter):
+    copy = None if shards.is_sharded(parameter) else shards.trained_copy(parameter)
+    if copy is None and not shards.is_sharded(parameter):
         yield module
         return
-    whole = nn.Parameter(shards.whole(parameter.detach()).clone(), requires_grad=False)
+    value = shards.whole(parameter.detach()).clone() if copy is None else copy
+    whole = nn.Parameter(value, requires_grad=False)
     holder = nn.Module()
     inner, (*path, name) = holder, site.name.split(".")
     for step in path:
@@ -93,7 +95,10 @@ def gathered(module: nn.Module, site: AnalogSite) -> Iterator[nn.Module]:
     inner.register_parameter(name, whole)
     yield holder
     with torch.no_grad():
-        shards.local(parameter).copy_(shards.part_of(whole.detach(), parameter))
+        if copy is None:
+            shards.local(parameter).copy_(shards.part_of(whole.detach(), parameter))
+        else:
+            shards.store_trained_copy(parameter, whole.detach())
     changes.written((parameter,))
 
 

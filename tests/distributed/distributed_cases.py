@@ -5,6 +5,7 @@ Numbers are compared with those of one process that sees the data of both, in fl
 
 import functools
 import itertools
+import os
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from distributed_models import (
     close,
     config,
     joint,
+    layer_by_layer,
     mesh,
     net,
     one_process,
@@ -31,12 +33,18 @@ from distributed_models import (
 )
 from processes import WORLD, alone, gathered
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Shard
@@ -44,6 +52,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 import analogfx
+from analogfx import shards
 from analogfx.errors import CheckpointError, PlacementError
 from analogfx.kernels import changes, dispatch
 
@@ -51,22 +60,26 @@ STEPS = 5
 
 
 @functools.cache
-def reference(init, accumulate):
-    return one_process(config(init), map(joint, range(STEPS * accumulate)), accumulate)
+def reference(init, accumulate, dtype=torch.float64):
+    batches = (joint(number, dtype) for number in range(STEPS * accumulate))
+    return one_process(config(init), batches, accumulate, dtype)
 
 
-def as_one_process(rank, folder, wrapper, init, checkpoint, accumulate, order="analog first"):
+def as_one_process(
+    rank, folder, wrapper, init=3, checkpoint=False, accumulate=1, order="analog first",
+    optimizer=prepared,
+):  # fmt: skip
     made = config(init)
     numbers = range(STEPS * accumulate)
     expected, losses, gradients = reference(init, accumulate)
     if order == "analog first":
         model = analogfx.analogize(net(), made)
-        model = WRAPPERS[wrapper](checkpointed(model) if checkpoint else model)
+        model = wrapper(checkpointed(model) if checkpoint else model)
     else:
-        model = WRAPPERS[wrapper](net())
+        model = wrapper(net())
         model = analogfx.analogize(model, made, inplace=True)
     batches = (batch(rank, number) for number in numbers)
-    own, found = train(model, prepared(model), batches, accumulate)
+    own, found = train(model, optimizer(model), batches, accumulate)
     same_everywhere(model)
     close(state(model), expected)
     if order == "analog first" or accumulate == 1:
@@ -82,13 +95,53 @@ for _wrapper, _init, _checkpoint, _accumulate in itertools.product(
     _name = f"{_wrapper}, {_init} batches for ranges, {_accumulate} in a step"
     _name += ", checkpointed" * _checkpoint
     CASES[_name] = functools.partial(
-        as_one_process, wrapper=_wrapper, init=_init, checkpoint=_checkpoint, accumulate=_accumulate
+        as_one_process,
+        wrapper=WRAPPERS[_wrapper],
+        init=_init,
+        checkpoint=_checkpoint,
+        accumulate=_accumulate,
     )
 for _init in (0, 3):
     CASES[f"sharded first, {_init} batches for ranges"] = functools.partial(
-        as_one_process, wrapper="fsdp", init=_init, checkpoint=False, accumulate=1,
-        order="sharded first",
-    )  # fmt: skip
+        as_one_process, wrapper=sharded, init=_init, order="sharded first"
+    )
+for _order in ("analog first", "sharded first"):
+    CASES[f"layers are units, {_order}"] = functools.partial(
+        as_one_process, wrapper=layer_by_layer, order=_order
+    )
+CASES["units whose weights are on the host between forwards"] = functools.partial(
+    as_one_process,
+    wrapper=functools.partial(sharded, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+)
+
+
+def zero(model, groups=None):
+    """An optimizer whose state is in shards, prepared."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns that torch.jit is old
+
+    groups = analogfx.parameter_groups(model, 0.01) if groups is None else groups
+    how = {"optimizer_class": torch.optim.SGD, "lr": 0.05, "momentum": 0.5}
+    optimizer = ZeroRedundancyOptimizer(groups, **how)
+    analogfx.prepare_training(optimizer, model)
+    return optimizer
+
+
+def zero_of_weights(model):
+    """It takes parameters of one dtype, so that ranges beside bfloat16 have another optimizer."""
+    weights, ranges = analogfx.parameter_groups(model, 0.01)
+    optimizer = zero(model, [weights])
+    own = torch.optim.SGD([ranges], lr=0.05, momentum=0.5)
+    optimizer.register_step_post_hook(lambda *_: (own.step(), own.zero_grad()))
+    return optimizer
+
+
+CASES["ZeroRedundancyOptimizer"] = functools.partial(
+    as_one_process, wrapper=DistributedDataParallel, optimizer=zero
+)
+CASES["ZeroRedundancyOptimizer, closed ranges, 3 in a step, checkpointed"] = functools.partial(
+    as_one_process, wrapper=DistributedDataParallel, optimizer=zero,
+    init=0, checkpoint=True, accumulate=3,
+)  # fmt: skip
 KINDS = {
     "fast": {"fast_mode": True},
     "fast with momentum": {"fast_mode": True, "act_range_momentum": 0.5},
@@ -161,6 +214,60 @@ def ranges_in_float32(rank, folder):
     expected = torch.stack([2.5 * joint(number)[0].std() for number in range(3)])
     assert model.inp.input_range_update_idx.tolist() == [3]
     assert 0.5 < model.inp.input_range.item() / expected.mean().item() < 1.5
+
+
+BFLOAT16 = {
+    "a policy of FSDP2": (
+        torch.float32,
+        lambda model: sharded(
+            model, policy=True, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        ),
+        prepared,
+    ),
+    "a model in FSDP2": (torch.bfloat16, lambda model: sharded(model, policy=True), prepared),
+    "a model in DDP": (torch.bfloat16, DistributedDataParallel, prepared),
+    "a model with ZeroRedundancyOptimizer": (
+        torch.bfloat16,
+        DistributedDataParallel,
+        zero_of_weights,
+    ),
+}
+
+
+@case("bfloat16 trains as one process does, to its rounding")
+def in_bfloat16(rank, folder):
+    made = config(3)
+    for way, (dtype, wrapper, optimizer) in BFLOAT16.items():
+        want, expected, _ = reference(3, 1, dtype)
+        model = wrapper(analogfx.analogize(net(dtype=dtype), made))
+        batches = [batch(rank, number, dtype) for number in range(STEPS)]
+        losses, _ = train(model, optimizer(model), batches)
+        same_everywhere(model)
+        dist.all_reduce(losses)
+        torch.testing.assert_close(losses / 2, expected, rtol=0.02, atol=0, msg=way)
+        found = state(model)
+        for name in want:
+            rtol = 0.02 if name.endswith("input_range") else 0.1
+            torch.testing.assert_close(
+                found[name], want[name], rtol=rtol, atol=0.02,
+                msg=lambda m, n=name, w=way: f"{w}, {n}: {m}",
+            )  # fmt: skip
+            if name.endswith("input_range"):
+                assert found[name].dtype == torch.float32
+
+
+@case("a compiled block is one graph, while ranges follow data and after it")
+def compiled(rank, folder):
+    for wrapper in (DistributedDataParallel, sharded):
+        torch._dynamo.reset()
+        counted = CompileCounterWithBackend("aot_eager")
+        model = analogfx.analogize(net(), config())
+        for block in model.blocks:
+            block.compile(backend=counted, fullgraph=True)
+        model = wrapper(model)
+        train(model, prepared(model), (batch(rank, number) for number in range(STEPS)))
+        close(state(model), reference(3, 1)[0])
+        assert counted.frame_count == 2
 
 
 @case("a loop that forgets the hook is told so at the second step, once")
@@ -340,22 +447,6 @@ def sharded_first_clips(rank, folder):
     close(state(model), expected)
 
 
-@case("ZeroRedundancyOptimizer")
-def zero(rank, folder):
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns that torch.jit is old
-
-    expected, _, _ = one_process(config(), map(joint, range(STEPS)))
-    model = DistributedDataParallel(analogfx.analogize(net(), config()))
-    optimizer = ZeroRedundancyOptimizer(
-        analogfx.parameter_groups(model, 0.01),
-        optimizer_class=torch.optim.SGD, lr=0.05, momentum=0.5,
-    )  # fmt: skip
-    analogfx.prepare_training(optimizer, model)
-    train(model, optimizer, (batch(rank, number) for number in range(STEPS)))
-    same_everywhere(model)
-    close(state(model), expected)
-
-
 @case("flat parameters are refused by name")
 def flat(rank, folder):
     model = analogfx.analogize(net(), config())
@@ -473,3 +564,31 @@ def poisoned(rank, folder):
     for layer in part:
         assert 0 < layer.input_range.item() < 30
         assert MICROBATCHES <= layer.input_range_update_idx.item() <= MICROBATCHES + 1
+
+
+# ------------------------------------------------------------------------ the end of a process
+
+
+@case("a process that dies while a model is saved leaves the checkpoint that was there")
+def dies(rank, folder):
+    old = sharded(analogfx.analogize(net(), config()))
+    analogfx.save(old, folder)
+    expected = state(old)
+    model = sharded(analogfx.analogize(net(seed=1), config()))
+    if rank == 1:
+        left = iter(range(3))
+
+        def dying(tensor):
+            if next(left, None) is None:
+                os._exit(0)
+            return tensor.full_tensor()
+
+        with mock.patch.object(shards, "whole", dying):
+            analogfx.save(model, folder)
+        raise AssertionError("it was not asked for a fourth tensor")
+    with pytest.raises(RuntimeError):
+        analogfx.save(model, folder)
+    close(state(analogfx.load(net(seed=2), folder)), expected)
+
+
+LAST = dies

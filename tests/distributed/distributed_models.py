@@ -98,6 +98,14 @@ def sharded(model, policy=False, over=None, **options):
     return model
 
 
+def layer_by_layer(model):
+    """Units that are one analog layer or several, as torchtitan has them, and the rest another."""
+    first, second = model.blocks
+    for unit in (first.up, first.down, [second.norm, second.down, model.head], model):
+        fully_shard(unit, mesh=mesh())
+    return model
+
+
 WRAPPERS = {
     "ddp": DistributedDataParallel,
     "fsdp": sharded,
@@ -153,9 +161,9 @@ def prepared(model, **options):
     return optimizer
 
 
-def one_process(made, batches, accumulate=1):
+def one_process(made, batches, accumulate=1, dtype=torch.float64):
     """The state, losses and last gradients of one process that sees what all ranks see."""
-    model = analogfx.analogize(net(), made)
+    model = analogfx.analogize(net(dtype=dtype), made)
     losses, gradients = train(model, prepared(model, mesh_or_group=alone()), batches, accumulate)
     return state(model), losses, gradients
 
