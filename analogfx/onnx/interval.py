@@ -19,18 +19,21 @@ _OTHER_ROUNDINGS = 8
 
 
 @torch.no_grad()
-def interval(site: Programmed, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def interval(
+    site: Programmed, x: Tensor, bias: Tensor | None, integer: bool = False
+) -> tuple[Tensor, Tensor]:
     """The least and the largest output of a site.
 
     Args:
         x: its input, (..., G I), or an image (B, C, ...), in host memory.
         bias: (O,), or None.
+        integer: it may be computed by kernels whose codes end where the ADC's do.
 
     Returns:
         Two tensors of the output's shape and of x's dtype.
     """
     compute = _linear if site.call.window is None else _convolution
-    low, high = compute(site, ref.wide(x), _unrounded(x))
+    low, high = compute(site, ref.wide(x), _unrounded(x), integer)
     if bias is not None:
         added = ref.wide(bias).reshape(-1, *[1] * _places(site))
         low, high = low + added, high + added
@@ -87,7 +90,9 @@ def _places(site: Programmed) -> int:
     return 0 if site.call.window is None else len(site.call.window.stride)
 
 
-def _linear(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
+def _linear(
+    site: Programmed, x: Tensor, off: Tensor | None, integer: bool
+) -> tuple[Tensor, Tensor]:
     groups, sizes = site.spec.groups, list(site.spec.in_sizes)
 
     def by_tile(t: Tensor) -> tuple[Tensor, ...]:
@@ -109,12 +114,14 @@ def _linear(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Te
         slack = size * (0 if exact else _units(w_t.shape[-1], w_t.dtype))
         if spread is not None:
             slack = slack + torch.einsum("...gi,goi->...go", spread, w_t.abs())
-        ends = _outputs(site, y - slack, y + slack, r, tile)
+        ends = _outputs(site, y - slack, y + slack, r, tile, integer)
         low, high = low + ends[0], high + ends[1]
     return low.flatten(-2), high.flatten(-2)
 
 
-def _convolution(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tensor, Tensor]:
+def _convolution(
+    site: Programmed, x: Tensor, off: Tensor | None, integer: bool
+) -> tuple[Tensor, Tensor]:
     window, groups = site.call.window, site.spec.groups
     assert window is not None
     exact = site.code_scale is not None
@@ -129,7 +136,7 @@ def _convolution(site: Programmed, x: Tensor, off: Tensor | None) -> tuple[Tenso
     slack = size * (0 if exact else _units(held.shape[1], held.dtype))
     if spread is not None:
         slack = slack + convolve(spread, kernel.abs(), window, groups)
-    return _outputs(site, y - slack, y + slack, r, 0)
+    return _outputs(site, y - slack, y + slack, r, 0, integer)
 
 
 def _units(depth: int, dtype: torch.dtype) -> float:
@@ -159,11 +166,17 @@ def _converted(
     return (low + high) / 2, (high - low) / 2, r
 
 
-def _digitized(site: Programmed, y: Tensor, r: Tensor | None, tile: int) -> Tensor:
-    """A tile's product behind the ADC."""
+def _digitized(
+    site: Programmed, y: Tensor, r: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor | None]:
+    """A tile's product behind the ADC, and the same where the codes end at its last one.
+
+    The second is None without codes. It is a last bit from the first: the bound and the last code's
+    step are rounded by themselves.
+    """
     spec = site.spec
     if not spec.out_bound:
-        return y
+        return y, None
     assert r is not None and site.maxima is not None
     rho, a = site.code_scale, site.maxima[tile].cpu()
     a = a if spec.bound_per_channel else ref.tile_max(a, spec.out_sizes)
@@ -173,16 +186,20 @@ def _digitized(site: Programmed, y: Tensor, r: Tensor | None, tile: int) -> Tens
     bound = ref.adc_bound(r, a, spec.out_bound)
     if rho is not None:
         scale = rho[tile].cpu().reshape(shape)
-        codes = ref.adc_codes_(y.to(scale.dtype), scale)
-        return ref.clamp_to(codes * ref.adc_step(bound, spec.out_res), bound)
-    return ref.clamp_to(ref.adc_(y, bound, spec.out_res), bound)
+        codes, step = ref.adc_codes_(y.to(scale.dtype), scale), ref.adc_step(bound, spec.out_res)
+        states = max(spec.out_res, 1 / spec.out_res)
+        ended = ref.clamp_to(codes, codes.new_tensor(states / 2)) * step
+        return ref.clamp_to(codes * step, bound), ended
+    return ref.clamp_to(ref.adc_(y, bound, spec.out_res), bound), None
 
 
 def _outputs(
-    site: Programmed, low: Tensor, high: Tensor, r: Tensor | None, tile: int
+    site: Programmed, low: Tensor, high: Tensor, r: Tensor | None, tile: int, integer: bool
 ) -> tuple[Tensor, Tensor]:
     """The ends of a tile's product behind its ADC, times what makes up for drift."""
-    low, high = (_digitized(site, y, r, tile) for y in (low, high))
+    (low, least), (high, most) = (_digitized(site, y, r, tile) for y in (low, high))
+    if integer and least is not None and most is not None:
+        low, high = torch.minimum(low, least), torch.maximum(high, most)
     if site.gain is None:
         return low, high
     by_group = () if site.call.window is not None else (site.spec.groups,)

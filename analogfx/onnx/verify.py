@@ -195,7 +195,8 @@ def _check_site(
     analog: nn.Module, probe: Probe, x: Tensor, values: Mapping[str, Tensor], how: str = ""
 ) -> None:
     y = values[probe.y]
-    low, high = interval(probe.site, x, values[probe.bias] if probe.bias else None)
+    bias = values[probe.bias] if probe.bias else None
+    low, high = interval(probe.site, x, bias, probe.integer)
     lost = y.isnan() & low.isfinite() & high.isfinite()
     outside = (y < low) | (y > high) | lost
     if outside.any():

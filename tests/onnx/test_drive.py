@@ -5,15 +5,17 @@ from torch import nn
 
 from analogfx import export_onnx
 from analogfx.errors import OnnxError
+from analogfx.kernels import reference as ref
 from analogfx.onnx import operators, verify
 
-BYTES = cases.config(
-    forward__inp_res=254,
-    forward__out_res=254,
-    forward__out_bound=10,
-    modifier__quantization_type="DiscretizePerChannel",
-    modifier__res=254,
-)
+FIELDS = {
+    "forward__inp_res": 254,
+    "forward__out_res": 254,
+    "forward__out_bound": 10,
+    "modifier__quantization_type": "DiscretizePerChannel",
+    "modifier__res": 254,
+}
+BYTES = cases.config(**FIELDS)
 
 LAYERS = {
     "linear": (lambda: nn.Linear(64, 8), (1, 64)),
@@ -40,6 +42,22 @@ def test_a_clamp_that_the_example_never_reaches_is_checked(layer, level, tmp_pat
     remedy = 'level="standard" does without' if level == "qdq" else "another version, opset"
     with pytest.raises(OnnxError, match=rf"outputs, driven to the ends of its codes,.*{remedy}"):
         export_onnx(analog, small, tmp_path / "wrong", level=level)
+
+
+def test_an_end_of_the_adc_may_be_its_bound_or_its_last_code(tmp_path):
+    """QLinearConv ends at the last code, whose value may be one bit from the bound."""
+    torch.manual_seed(0)
+    config = cases.config(**FIELDS, clip__type="LayerGaussianPerChannel", clip__sigma=2.5)
+    x = torch.randn(2, 16, 8, 8)
+    analog = cases.analog(lambda: nn.Conv2d(16, 64, 3), config, x)
+    # Bounds just below a power of two are those that a step of 127 parts may miss.
+    rows = analog.weight.detach().flatten(1)
+    bound = torch.linspace(15.85, 16, 64)
+    rows *= (bound / (10 * analog.input_range * rows.abs().amax(1)))[:, None]
+    bound = ref.adc_bound(analog.input_range.detach(), rows.abs().amax(1), 10.0)
+    apart = 127 * ref.adc_step(bound, 254) != bound
+    assert apart.any() and not apart.all()
+    export_onnx(analog, (x,), tmp_path / "file", level="qdq")
 
 
 class Computed(nn.Module):
