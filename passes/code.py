@@ -76,6 +76,8 @@ def _is_callable_object(value: Any) -> bool:
 
 def is_torchs(value: Any) -> bool:
     """Whether something is defined in torch or Python itself."""
+    if value is OPAQUE:
+        return False
     home = str(getattr(value, "__module__", None) or "builtins")
     return home.partition(".")[0] in ("torch", "builtins", "_operator", "math")
 

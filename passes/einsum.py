@@ -68,9 +68,12 @@ def _contract(
     size = dict(zip(w_letters, value.shape, strict=True))
     groups = [batch, outputs, contracted] if batch else [outputs, contracted]
     order = [w_letters.index(c) for group in groups for c in group]
-    matrix = graph.call_method("permute", (weight, order))
     shape = [math.prod(size[c] for c in letters) for letters in groups]
-    matrix = graph.call_method("reshape", (matrix, shape))
+    matrix = weight
+    if order != sorted(order):
+        matrix = graph.call_method("permute", (matrix, order))
+    if any(len(letters) != 1 for letters in groups):
+        matrix = graph.call_method("reshape", (matrix, shape))
     columns = _moved(graph, x, x_letters, batch + kept + contracted)
     if len(contracted) > 1:
         columns = graph.call_method("flatten", (columns, -len(contracted)))

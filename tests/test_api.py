@@ -560,8 +560,8 @@ def test_a_language_model_generates():
 
 def test_a_deep_model_is_analogized_in_seconds_from_few_graphs(monkeypatch):
     built = []
-    build = plan.build
-    monkeypatch.setattr(plan, "build", lambda *args: built.append(args) or build(*args))
+    build = plan.build_or_run
+    monkeypatch.setattr(plan, "build_or_run", lambda *args: built.append(args) or build(*args))
     model = Deep(100, width=8)  # 201 layers
     start = time.perf_counter()
     analog = analogfx.analogize(model, recipes.afm(), inplace=True)

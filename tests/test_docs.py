@@ -19,8 +19,8 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, text in blocks(page, "python"):
-        # Leading lines, so that a traceback names the line of the page.
-        exec(compile("\n" * line + text, page.name, "exec"), namespace)
+        # Leading lines, so that the page is the source, as a script is of its own code.
+        exec(compile("\n" * line + text, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

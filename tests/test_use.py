@@ -212,14 +212,14 @@ def test_an_attribute_of_a_states_name_keeps_a_layer_digital():
 
 
 class Untraceable(nn.Module):
-    """Multiplies by a child's weight in code that cannot be traced."""
+    """Multiplies by a weight of its own in code that cannot be traced."""
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.matrix = nn.Parameter(torch.eye(4))
 
     def forward(self, x):
-        return F.linear(x, self.layer.weight) if x.sum() > 0 else x
+        return F.linear(x, self.matrix) if x.sum() > 0 else x
 
 
 @pytest.mark.parametrize("model", [Untraceable()])

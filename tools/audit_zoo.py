@@ -59,6 +59,11 @@ BOTH = {
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 STAGES = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "patch_size": 2}
 
+SSM = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+    "mamba_expand": 2, "mamba_chunk_size": 4,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Case:
@@ -146,6 +151,23 @@ def cases() -> list[Case]:
         _case("RecurrentGemma", TEXT, causal, num_hidden_layers=3, lru_width=32, head_dim=16),
         _case("Rwkv", TEXT, causal, attention_hidden_size=32),
         _case("Lfm2", TEXT, causal, layer_types=["conv", "full_attention"]),
+        _case("Jamba", TEXT, causal, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4,
+              expert_layer_period=2, expert_layer_offset=1, mamba_dt_rank=4, num_experts=2),
+        _case("Bamba", TEXT, causal, attn_layer_indices=[1], **SSM),
+        _case("Zamba2", TEXT, causal, num_hidden_layers=3, attention_head_dim=32, chunk_size=4,
+              layers_block_type=["mamba", "mamba", "hybrid"], attention_hidden_size=64,
+              n_mamba_heads=4, mamba_headdim=16, mamba_ngroups=1, mamba_d_state=8),
+        _case("Qwen3Next", TEXT, causal, layer_types=["linear_attention", "full_attention"],
+              linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+              linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, head_dim=16,
+              moe_intermediate_size=16, shared_expert_intermediate_size=16),
+        _case("FalconH1", TEXT, causal, mamba_d_ssm=64, **SSM),
+        _case("NemotronH", TEXT, causal, layers_block_type=["mamba", "attention"], head_dim=16,
+              mamba_num_heads=4, mamba_head_dim=16, n_groups=1, ssm_state_size=8, chunk_size=4),
+        _case("GraniteMoeHybrid", TEXT, causal, layer_types=["mamba", "attention"],
+              num_local_experts=2, num_experts_per_tok=1, shared_intermediate_size=16, **SSM),
+        _case("Lfm2Moe", TEXT, causal, layer_types=["conv", "full_attention"], num_experts=2,
+              num_experts_per_tok=1, moe_intermediate_size=16, num_dense_layers=1),
         # Mixtures of experts.
         *(_case(name, TEXT, causal) for name in ("Mixtral", "Olmoe", "GraniteMoe", "Qwen2Moe",
                                                  "Qwen3Moe", "Phimoe")),

@@ -64,7 +64,9 @@ class AnalogModule(nn.Module):
         # What a forward reads of its module is part of its graphs.
         # (DeepSpeed keeps its books on modules under names of ds_.)
         plain = not isinstance(value, (Tensor, nn.Module)) and not name.startswith(("_", "ds_"))
-        if placement is not None and plain and name not in ("training", "forward"):
+        # A forward that runs as it is reads attributes itself, and may set them.
+        rebuilt = placement is not None and not placement.runs_own_forward
+        if placement is not None and rebuilt and plain and name not in ("training", "forward"):
             try:
                 placement.change(self, placement.config)
             except CaptureError:

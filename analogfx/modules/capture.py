@@ -66,8 +66,11 @@ def reads_weights(module: nn.Module) -> bool:
     return reads.mentions_weight(module, forward_of(module))
 
 
-def multiplied(module: nn.Module) -> list[str]:
-    """Matrices that a module's code may multiply by, read off its source, by path from it."""
+def multiplied(module: nn.Module) -> dict[str, bool]:
+    """Matrices that a module's code may multiply by, read off its source, by path from it.
+
+    See :func:`.reads.multiplied`.
+    """
     return reads.multiplied(module, forward_of(module), dict(default_pattern(module)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from analogfx.modules.capture import (
 )
 from analogfx.modules.program import AnalogSite, Program, build, check_same_sites, other_sites
 from analogfx.modules.remember import fit_state, renew_notes, reset_state
+from analogfx.modules.untraced import OwnForward, build_or_run, of_both_modes, own_forward
 from analogfx.ops.transforms import in_transform
 from analogfx.passes.contract import Decision
 from analogfx.passes.pipeline import Pass
@@ -80,6 +82,10 @@ class Placement:
         self.programs: dict[tuple[bool, Any], Program] = {}
         self.left: dict[tuple[bool, Any], str] = {}
         """Calls that no program can stand for, and why: they run the module's own forward."""
+        self._own: OwnForward | None = None
+        """What runs them, where children compute products of theirs."""
+        self.unforeseen: dict[str, str] = {}
+        """Weights that the module's own forward multiplied by digitally, by their path, and why."""
         self.takes_constants = False
         self.inherited: type[nn.Module] | None = None
         """The torch layer whose forward the programs are for, where it is not the module's own."""
@@ -92,6 +98,8 @@ class Placement:
         """How tensor parallelism cut the module; None if it did not."""
         self._parts: dict[bool, Callable[..., Any]] = {}
         """By mode, the forward of the part that this process holds."""
+        self._variants: dict[Any, Placement] = {}
+        """Those of the same site in a layer of other attributes, see :meth:`variant`."""
         self._steps: int | None = None
         """Steps that optimizers had made when it first wrote its ranges in training."""
         self._asked = False
@@ -102,6 +110,11 @@ class Placement:
     def sites(self) -> tuple[AnalogSite, ...]:
         """The module's analog products."""
         return next(iter(self.programs.values())).sites
+
+    @property
+    def runs_own_forward(self) -> bool:
+        """Whether the module's own forward runs in every call, see :mod:`.untraced`."""
+        return any(isinstance(program.fused, OwnForward) for program in self.programs.values())
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -132,22 +145,25 @@ class Placement:
 
     def adopt(self, module: nn.Module, train: Program, evaluate: Program) -> None:
         """Take the programs that were built for the module, or for one that looks alike."""
-        self.takes_constants = takes_constants(module)
-        pattern = _key(default_pattern(module))
+        own = isinstance(train.fused, OwnForward)
+        self.takes_constants = takes_constants(module) and not own
+        pattern = () if own else _key(default_pattern(module))
         self.programs = {(True, pattern): train, (False, pattern): evaluate}
         self._late = {}
         self._parts = {}
+        self._variants = {}
         self.left = {}
+        self.unforeseen = {}
         self._readers = tuple(dict.fromkeys(train.readers + evaluate.readers))
         self.watch(module)
 
     def _built(self, module: nn.Module, config: Resolved) -> tuple[Program, Program]:
         pattern = default_pattern(module)
         train, evaluate = (
-            build(module, config, mode, pattern, passes=self.passes) for mode in (True, False)
+            build_or_run(module, config, mode, pattern, passes=self.passes)
+            for mode in (True, False)
         )
-        check_same_sites(train, evaluate)
-        return train, evaluate
+        return of_both_modes(train, evaluate)
 
     def change(self, module: nn.Module, config: TorchInferenceRPUConfig) -> None:
         """Another config, or other attributes, for a module that is analog already.
@@ -313,10 +329,13 @@ class Placement:
         """Run calls of one kind as the module's own forward from now on."""
         if TracingContext.try_get() is None:  # or a guard of Dynamo's would fail at once
             self.left[key] = why
-        names = ", ".join(site.name for site in self.sites)
+        self._own = own_forward(module)
+        names = [site.name for site in self.sites] or (self._own.others if self._own else ())
+        if not names:
+            return
         warnings.warn(
             f"{self._called(module)}: {why}. Calls with such arguments run the module's own "
-            f"forward: digital by {names}, with its analog layers inside. "
+            f"forward: digital by {', '.join(names)}, with its analog layers inside. "
             'torch.compile(model, backend="analogfx") follows what a trace cannot',
             stacklevel=7,
         )
@@ -352,7 +371,8 @@ class Placement:
                     f"{self._called(module)}: a programmed chip cannot run a call with these "
                     f"arguments: {self.left[training, _key(pattern)]}"
                 )
-            return type(module).digital_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+            own = self._own or type(module).digital_forward  # type: ignore[attr-defined]
+            return own(module, *args, **kwargs)
         if holdings is not None:
             return self._on_chip(module, program, holdings, args, kwargs)
         run = program.explicit if programs._explicit else program.fused
@@ -405,6 +425,24 @@ class Placement:
         run = self._parts[module.training]
         return parallel.run(self.layout, module, run, args, kwargs)
 
+    def variant(self, module: nn.Module, twin: nn.Module, changed: Any) -> Placement:
+        """The placement of a layer like the module, with the same site.
+
+        Args:
+            twin: the layer: it shares the module's tensors.
+            changed: what differs between the two.
+        """
+        if self.unset or self._reading(module) != self._read:
+            self.follow(module)
+        found = self._variants.get(changed)
+        if found is None or found.resolved is not self.resolved:
+            with TRACING:
+                found = copy.copy(self)
+                found.resolved, found.passes = self.resolved, self.passes
+                found.adopt(twin, *found._built(twin, self.resolved))
+                self._variants[changed] = found
+        return found
+
     def _warn_if_alone(self) -> None:
         """Warn once a process if ranges follow its own data while others train beside it.
 
@@ -443,14 +481,21 @@ class Placement:
     def __deepcopy__(self, memo: dict[int, Any]) -> Placement:
         """A copy with its own config; programs never change and stay shared."""
         twin = Placement(self.name, TorchInferenceRPUConfig.from_dict(self.config.to_dict()))
-        own = {"programs": dict(self.programs), "left": dict(self.left), "unset": set(self.unset)}
-        new = {"config": twin.config, "number": twin.number, "_late": {}, "_parts": {}}
+        own: dict[str, Any] = {
+            "programs": dict(self.programs),
+            "left": dict(self.left),
+            "unset": set(self.unset),
+            "unforeseen": dict(self.unforeseen),
+        }
+        new: dict[str, Any] = {"config": twin.config, "number": twin.number}
+        new |= {"_late": {}, "_parts": {}, "_variants": {}}
         twin.__dict__.update(self.__dict__ | new | own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the programs, which are built again after unpickling."""
         empty: dict[str, Any] = {"programs": {}, "left": {}, "_late": {}, "_parts": {}}
+        empty["_variants"] = {}
         return self.__dict__ | {"config": self.config.to_dict()} | empty
 
     def __setstate__(self, state: dict[str, Any]) -> None:

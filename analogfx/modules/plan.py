@@ -29,7 +29,8 @@ from analogfx.modules.capture import (
 from analogfx.modules.inherited import inherited_layer, seen_as
 from analogfx.modules.kinds.closed import CALLING_ALONE, refusal
 from analogfx.modules.placement import Placement
-from analogfx.modules.program import Program, build, check_same_sites
+from analogfx.modules.program import Program
+from analogfx.modules.untraced import build_or_run, of_both_modes
 from analogfx.passes.contract import Decision, SiteReport
 from analogfx.passes.pipeline import Pass
 
@@ -91,6 +92,8 @@ def make_plan(
             module._analog.follow(module)
             _list(plan, name, module._analog.decisions, its)
             _list_left(plan, name, module._analog)
+            for path, reason in module._analog.unforeseen.items():
+                _leave(plan, name, module, its, reason, [path])
             _leave_others(plan, name, module, its, module.inherited)
         elif _may_multiply(module):
             _place(plan, name, module, its)
@@ -119,10 +122,9 @@ def _place(
     """Decide about one module by its graph, or by that of a layer whose forward its own calls."""
     seen = module if inherited is None else seen_as(module, inherited)
     try:
-        train, evaluate = (
-            program_of(plan, name, seen, chosen.resolved, training) for training in (True, False)
+        train, evaluate = of_both_modes(
+            *(program_of(plan, name, seen, chosen.resolved, training) for training in (True, False))
         )
-        check_same_sites(train, evaluate)
         _check_names(module, train)
     except CaptureError as error:
         layer = inherited_layer(module) if inherited is None else None
@@ -152,12 +154,12 @@ def _list(plan: Plan, name: str, decisions: Sequence[Decision], chosen: Chosen) 
 
 def _list_left(plan: Plan, name: str, placement: Placement) -> None:
     """Report that an analog module's products were digital in calls that could not be traced."""
-    for why in dict.fromkeys(placement.left.values()):
+    analog = [s for s in plan.reports.get(name, ()) if s.status == "analog"]
+    for why in dict.fromkeys(placement.left.values()) if analog else ():
         plan.reports[name] += [
             replace(s, status="digital", tile_grid=(0, 0), reason=f"in some calls: {why}",
                     decided_by="capture")
-            for s in plan.reports[name]
-            if s.status == "analog"
+            for s in analog
         ]  # fmt: skip
 
 
@@ -268,7 +270,9 @@ def program_of(
             folder = plan.debug_dir / f"{name or type(module).__name__}.{mode}"
         try:
             pattern = default_pattern(module)
-            plan.programs[key] = build(module, config, training, pattern, folder, plan.passes)
+            plan.programs[key] = build_or_run(
+                module, config, training, pattern, folder, plan.passes
+            )
         except CaptureError as error:
             plan.programs[key] = error
     found = plan.programs[key]

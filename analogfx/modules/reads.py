@@ -59,7 +59,7 @@ def mentions_weight(module: nn.Module, forward: Any) -> bool:
     return any(isinstance(f, FunctionType) and names & {*f.__code__.co_names} for f in functions)
 
 
-def multiplied(module: nn.Module, forward: Any, defaults: Mapping[str, Any]) -> list[str]:
+def multiplied(module: nn.Module, forward: Any, defaults: Mapping[str, Any]) -> dict[str, bool]:
     """Parameters of two dimensions or more that a module's own code may multiply by.
 
     Args:
@@ -67,13 +67,15 @@ def multiplied(module: nn.Module, forward: Any, defaults: Mapping[str, Any]) -> 
         defaults: the arguments that a call leaves out, by name.
 
     Returns:
-        Paths from the module, of its own parameters and of those of modules inside it.
+        By path from the module, of its own parameters and of those of modules inside it: whether
+        every product that was found is by the parameter itself, in Python's code.
     """
     matrices = [n for n, p in module.named_parameters() if _is_matrix(p)]
     if not isinstance(forward, FunctionType):
-        return [n for n in matrices if "." not in n]
-    found = _Reader(module, matrices, forward).read(dict(defaults))
-    return [n for n in matrices if n in found]
+        return {n: False for n in matrices if "." not in n}
+    reader = _Reader(module, matrices, forward)
+    found = reader.read(dict(defaults))
+    return {n: n not in reader.altered for n in matrices if n in found}
 
 
 def _is_matrix(parameter: Any) -> bool:
@@ -86,6 +88,16 @@ _DESCRIBE = {
     "register_hook", "layout", "nelement", "is_complex", "data_ptr", "ds_shape",
 }  # fmt: skip
 """Attributes of a tensor that say nothing of its values."""
+
+_SAME = {
+    "t", "transpose", "permute", "squeeze", "unsqueeze", "view", "reshape", "contiguous", "to",
+    "type", "type_as", "float", "half", "bfloat16", "cuda", "cpu", "requires_grad_", "get",
+    "items", "values", "keys", "pop",
+}  # fmt: skip
+"""Methods that give a weight itself: of a dict, in another shape, in its usual type."""
+
+_ADD = {"addmm", "addmv", "addr", "addbmm", "baddbmm"}
+"""Products that are added to their first argument."""
 
 _LOOKED_UP = {
     "isinstance", "hasattr", "len", "print", "type", "id", "callable", "embedding", "embedding_bag",
@@ -102,6 +114,8 @@ class _Reader:
     def __init__(self, module: nn.Module, matrices: list[str], forward: FunctionType) -> None:
         self.module, self.matrices, self.forward = module, matrices, forward
         self.found: set[str] = set()
+        self.altered: set[str] = set()
+        """What is computed with before a product may see it, or goes into code that is unknown."""
         self.returns: dict[FunctionType, Paths] = {}
         """The weights that a function returns."""
         self.pending: list[tuple[FunctionType, Paths, dict[str, Any], dict[str, Paths]]] = []
@@ -126,6 +140,7 @@ class _Reader:
             _Function(self, function, selves, constants, weights).read()
         except (OSError, TypeError, SyntaxError, RecursionError):
             self.found.update(*weights.values())
+            self.altered.update(*weights.values())
             if selves:
                 self.suspect_all()
 
@@ -144,6 +159,7 @@ class _Reader:
             for path in self.matrices:
                 if all(p in named or p.isdecimal() for p in path.split(".")) or "." not in path:
                     self.found.add(path)
+                    self.altered.add(path)
 
     @functools.cached_property
     def speaks(self) -> bool:
@@ -166,15 +182,40 @@ class _Reader:
             if function is OPAQUE or function.__name__.strip("_") in PRODUCTS:
                 for value in (*args, *kwargs.values()):
                     self.found |= value if value is not _SELF else set()
+                    if function is OPAQUE and value is not _SELF:
+                        self.altered |= value
             return
-        names = [*inspect.signature(function, follow_wrapped=False).parameters]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = _bound(function, args, kwargs)
         selves = frozenset(n for n, v in given.items() if v is _SELF)
         weights = {n: v for n, v in given.items() if v is not _SELF and v}
         key = (function, selves, *sorted((n, *sorted(v)) for n, v in weights.items()))
         if key not in self.done:
             self.done.add(key)
             self.pending.append((function, selves, constants or {}, weights))
+
+
+def _bound(function: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What each parameter of a function gets.
+
+    What ``*args`` and ``**kwargs`` get stands there together, and each by itself: under ``*0``,
+    ``*1``, ... and ``**name``.
+    """
+    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    given = dict(zip(named, args, strict=False))
+    given |= {name: value for name, value in kwargs.items() if name in known}
+    several = {f"*{i}": value for i, value in enumerate(args[len(named) :])}
+    by_name = {f"**{name}": value for name, value in kwargs.items() if name not in known}
+    for parameter in parameters:
+        starred = parameter.kind is parameter.VAR_POSITIONAL
+        double = parameter.kind is parameter.VAR_KEYWORD
+        values = several if starred else by_name if double else {}
+        if _SELF in values.values():
+            given[parameter.name] = _SELF
+        elif values:
+            given |= values | {parameter.name: frozenset().union(*values.values())}
+    return given
 
 
 _SELF: Any = frozenset(["self"])
@@ -344,9 +385,13 @@ class _Function:
                     return
                 call = self.parents.get(parent)
                 if isinstance(call, ast.Call) and call.func is parent:
+                    if parent.attr.strip("_") in _ADD:
+                        return
                     if parent.attr.strip("_") in PRODUCTS and not self._computes(call):
                         self.reader.found |= weights
                         return
+                    if parent.attr not in _SAME:
+                        self.reader.altered |= weights
                     node = call
                     continue
             elif isinstance(parent, ast.BinOp):
@@ -355,10 +400,16 @@ class _Function:
                     if isinstance(parent.op, ast.MatMult):
                         self.reader.found |= weights
                     return  # an activation
+                self.reader.altered |= weights
             elif isinstance(parent, ast.keyword):
-                self._argument(self.parents[parent], weights)
+                call = self.parents[parent]
+                if not (_called(call) in _ADD and parent.arg == "input"):
+                    self._argument(call, weights)
                 return
             elif isinstance(parent, ast.Call):
+                function = _called(parent) in _ADD and self._global(parent.func) is not _UNKNOWN
+                if function and parent.args[:1] == [node]:
+                    return
                 if self._argument(parent, weights):
                     node = parent
                     continue
@@ -383,6 +434,9 @@ class _Function:
             elif isinstance(parent, ast.Subscript):
                 if parent.value is not node:
                     return
+                self.reader.altered |= weights
+            elif isinstance(parent, ast.UnaryOp):
+                self.reader.altered |= weights
             elif not isinstance(parent, _CARRIES):
                 return
             node = parent
@@ -414,6 +468,7 @@ class _Function:
         name = _called(call)
         if name.strip("_") in PRODUCTS:
             if self._computes(call):
+                self.reader.altered |= weights
                 return True
             self.reader.found |= weights
             return False
@@ -426,12 +481,14 @@ class _Function:
             return False
         found = self._functions(call)
         if found and all(is_torchs(f) for f in found):
+            self.reader.altered |= weights if name not in _SAME else set()
             return not name.endswith("norm")
         if found:
             return False  # it is read with these arguments
         if isinstance(call.func, ast.Name) and call.func.id in _BUILTINS:
             return True
         self.reader.found |= weights  # there is no telling
+        self.reader.altered |= weights
         return False
 
     def _descend(self, call: ast.Call) -> None:
@@ -439,8 +496,10 @@ class _Function:
         found = self._functions(call)
         if not found:
             return
-        args = [self._given(a) for a in call.args]
+        args = [g for a in call.args for g in self._positional(a)]
         kwargs = {k.arg: self._given(k.value) for k in call.keywords if k.arg}
+        if any(k.arg is None for k in call.keywords):
+            kwargs |= {n[2:]: w for n, w in self.names.items() if n.startswith("**")}
         bound = isinstance(call.func, ast.Attribute) and (
             self._object(call.func.value) is self.reader.module or _is_super(call.func.value)
         )
@@ -451,6 +510,13 @@ class _Function:
                 # A torch function that is no method is known by its name.
                 if bound or not is_torchs(function):
                     self.reader.call(function, tuple(args), kwargs)
+
+    def _positional(self, argument: ast.expr) -> list[Any]:
+        """What an argument is: several, for one with a star."""
+        numbers = [int(n[1:]) for n in self.names if n[0] == "*" and n[1:].isdecimal()]
+        if not isinstance(argument, ast.Starred) or not numbers:
+            return [self._given(argument)]
+        return [self.names.get(f"*{i}", frozenset()) for i in range(max(numbers) + 1)]
 
     def _modules(self, node: ast.expr) -> list[nn.Module]:
         """The modules that an expression may be: a child, or one of a list of them."""
@@ -483,9 +549,14 @@ class _Function:
         if self._object(node) is self.reader.module:
             return _SELF
         found: Paths = frozenset()
-        for part in ast.walk(node):
+        pending: list[ast.AST] = [node]
+        while pending:
+            part = pending.pop()
             if isinstance(part, (*_READS, ast.Call)) and not self._is_described(part):
                 found |= self._weights(part)
+            if isinstance(part, ast.Call) and not all(map(is_torchs, self._functions(part))):
+                continue  # what it returns is known
+            pending += ast.iter_child_nodes(part)
         return found
 
     def _is_described(self, node: ast.expr) -> bool:
@@ -542,8 +613,8 @@ _READS = (ast.Name, ast.Attribute, ast.Subscript)
 """Expressions that may name a weight."""
 
 _CARRIES = (
-    ast.UnaryOp, ast.Starred, ast.Tuple, ast.List, ast.Dict, ast.ListComp, ast.GeneratorExp,
-    ast.BoolOp,
+    ast.Starred, ast.Tuple, ast.List, ast.Dict, ast.ListComp, ast.GeneratorExp,
+    ast.DictComp, ast.BoolOp,
 )  # fmt: skip
 """Expressions that hold a weight as it is."""
 
