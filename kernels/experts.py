@@ -161,9 +161,14 @@ def clipped_shape(x: Tensor, weight: Tensor, *scalars: object) -> tuple[int, ...
     return linear.clipped_shape(x, weight[0], spec)
 
 
+def _wide_dtype(like: Tensor) -> torch.dtype:
+    """The precision of the computation."""
+    return ref.wide(like.new_empty(0)).dtype
+
+
 def _wide_zeros(like: Tensor) -> Tensor:
     """Zeros of a tensor's shape in the precision of the computation."""
-    return like.new_zeros(like.shape, dtype=ref.wide(like.new_empty(0)).dtype)
+    return like.new_zeros(like.shape, dtype=_wide_dtype(like))
 
 
 def of_one(spec: MVMSpec, experts: int) -> MVMSpec:
@@ -213,7 +218,8 @@ def forward(
     y = x.new_zeros(out_shape(x, weight))
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
     keeps = linear.keeps_weight(weight, spec)
-    kept = _wide_zeros(weight) if keeps else weight.new_empty(0)
+    # Large, and not read where an expert has no rows.
+    kept = weight.new_empty(weight.shape if keeps else 0, dtype=_wide_dtype(weight))
     for e, rows in spans(offsets):
         y[rows], marks, held = linear.forward(
             x[rows],
@@ -252,10 +258,16 @@ def backward(
     bias = weight.new_empty(weight.shape[:2])
     out = Gradients(
         *(
-            t.new_zeros(t.shape) if need and t is not None else x.new_empty(0)
+            t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
             for t, need in zip((x, weight, bias, input_range, clip), needs, strict=True)
         )
     )
+    idle = {*range(count)} - {e for e, _ in found}
+    for of_all in (out.weight, out.bias):
+        for e in idle if of_all.numel() else ():
+            of_all[e].zero_()
+    for of_all in (out.input_range, out.clip):
+        of_all.zero_()
     out_clips = _clips(out.clip, count) if of_clip else []
     grad_x = _wide_zeros(x) if of_x or of_range else None
     for e, rows in found:
@@ -382,7 +394,7 @@ def mvm_backward(grad: Tensor, x: Tensor, w: Tensor, offsets: Tensor) -> tuple[T
 
 def weight_normal(w: Tensor, seed: Tensor, stream: int) -> Tensor:
     """Standard normal values for the weights (E, O, I) of all experts."""
-    dtype = ref.wide(w.new_empty(0)).dtype
+    dtype = _wide_dtype(w)
     return torch.stack([noise.normal(seed + e, stream, m.shape, dtype) for e, m in enumerate(w)])
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import roofline
 import torch
-from bench_devices import Cpu, Cuda, Device, Recurrent, Row, SmallLayers
+from bench_devices import Cpu, Cuda, Device, Experts, Recurrent, Row, SmallLayers
 from bench_layers import ARMS, SUITES, Suite, measure
-from bench_rows import DIGITAL, RECURRENT, ROOT, append_rows, environment, latest_rows, tables
+from bench_rows import DIGITAL_ARMS, ROOT, append_rows, environment, latest_rows, tables
 from tables import aligned, with_section
 
 ROWS = ROOT / "tools" / "bench_rows.jsonl"
@@ -28,6 +28,7 @@ TESTS = {
     "cpu": tuple(f"tests/test_parity_{of}.py" for of in ("linear", "conv", "training")),
     "cpu-small": ("tests/test_parity_linear.py",),
     "cpu-recurrent": ("tests/modules/kinds/test_recurrent.py",),
+    "cpu-experts": ("tests/modules/kinds/test_experts.py", "tests/kernels/test_experts.py"),
     "cuda": ("tests/kernels",),
 }
 """What must be green before anything is measured."""
@@ -36,6 +37,7 @@ COMMANDS = {
     "cpu": "python tools/bench.py --table",
     "cpu-small": "python tools/bench.py --device cpu-small --table",
     "cpu-recurrent": "python tools/bench.py --device cpu-recurrent --table",
+    "cpu-experts": "python tools/bench.py --device cpu-experts --table",
     "cuda": "python tools/bench.py --device cuda --table",
 }
 """The commands that write the sections of the page."""
@@ -51,7 +53,8 @@ def require_green(*tests: str) -> None:
 def find_device(name: str) -> Device:
     """The device of a name; ends the program where there is none."""
     if name != "cuda":
-        return {device.name: device for device in (Cpu(), SmallLayers(), Recurrent())}[name]
+        cpus = (Cpu(), SmallLayers(), Recurrent(), Experts())
+        return {device.name: device for device in cpus}[name]
     if not torch.cuda.is_available():
         sys.exit(f"bench: --device cuda needs a GPU, and torch {torch.__version__} finds none")
     return Cuda()
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=SUITES, default="cpu")
     parser.add_argument("--compile", action="store_true", help="models under torch.compile, CPU")
     parser.add_argument("--table", action="store_true", help=f"write the last run to {PAGE.name}")
-    optional = [arm for arm in ARMS if arm not in (DIGITAL, RECURRENT)]
+    optional = [arm for arm in ARMS if arm not in DIGITAL_ARMS]
     parser.add_argument("--without", nargs="+", choices=optional, default=(), help="leave out arms")
     parser.add_argument(
         "--skip-tests", action="store_true", help="for who has run them: measure at once"

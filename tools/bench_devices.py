@@ -66,6 +66,12 @@ class Recurrent(Cpu):
     name = "cpu-recurrent"
 
 
+class Experts(Cpu):
+    """The processor again: mixtures of experts."""
+
+    name = "cpu-experts"
+
+
 class Cuda:
     """A GPU, in bfloat16."""
 

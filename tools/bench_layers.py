@@ -16,9 +16,12 @@ import torch
 from bench_devices import Call, Cpu, Cuda, Device, Row, Sample
 from bench_rows import (
     DIGITAL,
+    EXPERTS,
     RECURRENT,
+    AnyShape,
     Contender,
     Goal,
+    Routed,
     Sequences,
     failed_row,
     make_row,
@@ -113,6 +116,7 @@ LIGHTNING, TRITON = "lightning", "lightning, Triton"
 ARMS = {
     DIGITAL: digital_arm,
     RECURRENT: digital_arm,
+    EXPERTS: digital_arm,
     "analogfx": analogfx_arm,
     LIGHTNING: lightning_arm,
     TRITON: triton_arm,
@@ -130,12 +134,13 @@ class Data(NamedTuple):
     grad: Tensor
 
 
-def make_data(shape: Shape | Sequences, device: Device) -> Data:
+def make_data(shape: AnyShape, device: Device) -> Data:
     """Standard normal input and output gradient."""
     options: Any = {"device": device.place, "dtype": device.dtype}
     rows = (shape.steps, shape.rows) if isinstance(shape, Sequences) else (shape.rows,)
     x = torch.randn(*rows, shape.inputs, requires_grad=True, **options)
-    return Data(x, torch.randn(*rows, shape.outputs, **options))
+    outputs = shape.inputs if isinstance(shape, Routed) else shape.outputs
+    return Data(x, torch.randn(*rows, outputs, **options))
 
 
 @torch.no_grad()
@@ -177,9 +182,7 @@ MODES = {
 }
 
 
-def afm(
-    shape: Shape | Sequences, tiles: int, weight_states: int = 0
-) -> analogfx.TorchInferenceRPUConfig:
+def afm(shape: AnyShape, tiles: int, weight_states: int = 0) -> analogfx.TorchInferenceRPUConfig:
     """The recipe of the Analog Foundation Models, on a number of tiles."""
     config = analogfx.recipes.afm()
     if tiles > 1:
@@ -203,17 +206,50 @@ class Outputs(nn.Module):
         return y
 
 
+class Block(nn.Module):
+    """A router and experts, as Mixtral has them, on rows."""
+
+    def __init__(self, inputs: int, outputs: int, experts: int) -> None:
+        super().__init__()
+        # Imported here: the other suites do without it.
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        config = MixtralConfig(
+            hidden_size=inputs, intermediate_size=outputs, num_local_experts=experts
+        )
+        config._experts_implementation = "grouped_mm"
+        self.block = MixtralSparseMoeBlock(config)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) to (N, inputs)."""
+        y: Tensor = self.block(x.unsqueeze(0)).squeeze(0)
+        return y
+
+
+def make_layer(shape: AnyShape, device: Device) -> nn.Module:
+    """The digital layer that a shape is of."""
+    layer: nn.Module
+    if isinstance(shape, Sequences):
+        layer = Outputs(shape.inputs, shape.outputs)
+    elif isinstance(shape, Routed):
+        layer = Block(shape.inputs, shape.outputs, shape.experts)
+    else:
+        layer = nn.Linear(shape.inputs, shape.outputs)
+    return layer.to(device.place, device.dtype)
+
+
 def make_subject(
-    contender: Contender, shape: Shape | Sequences, data: Data, mode: Mode, device: Device
+    contender: Contender, shape: AnyShape, data: Data, mode: Mode, device: Device
 ) -> Subject:
     """A contender in the state that a mode asks for; all of them hold the same weights."""
     torch.manual_seed(0)
     config = afm(shape, contender.tiles, mode.weight_states)
     if not mode.noise:
         config.modifier.noise_type = WeightNoiseInjectionType.NONE
-    kind = Outputs if isinstance(shape, Sequences) else nn.Linear
-    layer = kind(shape.inputs, shape.outputs, device=device.place, dtype=device.dtype)
-    subject = ARMS[contender.arm](layer, config)
+    subject = ARMS[contender.arm](make_layer(shape, device), config)
     subject.module(data.x)  # in training: the ranges see data
     if mode.closed:
         close_ranges(subject.module, config.pre_post.input_range.init_from_data, mode.input_range)
@@ -253,6 +289,8 @@ RECURRENT_GOALS = (
     Goal("step", ONE, PEER_ONE, 0.333),
     Goal("noiseless step", ONE, PEER_ONE, 0.333),
 )
+MIXTURE = Contender(EXPERTS, 0)
+EXPERT_GOALS = (Goal("forward", ONE, MIXTURE, 1.15), Goal("step", ONE, MIXTURE, 1.4))
 GPU_GOALS = (
     Goal("step", ONE, LINEAR, 1.1),
     Goal("step", EIGHT, LINEAR, 1.25),
@@ -272,7 +310,7 @@ GPU_GOALS = (
 class Suite:
     """What is raced on one kind of device."""
 
-    shapes: tuple[Shape | Sequences, ...]
+    shapes: tuple[AnyShape, ...]
     contenders: tuple[Contender, ...] = (LINEAR, ONE, EIGHT, PEER_ONE, PEER_EIGHT)
     modes: tuple[str, ...] = ("forward", "step", "saturated step", "initialisation step")
     repeats: int = 30
@@ -297,6 +335,13 @@ SUITES = {
         repeats=7,
         warmup=1,
         goals=RECURRENT_GOALS,
+    ),
+    "cpu-experts": Suite(
+        shapes=(Routed(1, 512, 1024, 8), Routed(256, 512, 1024, 8), Routed(512, 1024, 1024, 4)),
+        contenders=(MIXTURE, ONE),
+        modes=("forward", "step"),
+        repeats=15,
+        goals=EXPERT_GOALS,
     ),
     "cuda": Suite(
         shapes=roofline.SHAPES,
@@ -362,7 +407,7 @@ def _is_aten(event: Any) -> bool:
 
 
 def make_subjects(
-    shape: Shape | Sequences, suite: Suite, data: Data, mode: Mode, device: Device
+    shape: AnyShape, suite: Suite, data: Data, mode: Mode, device: Device
 ) -> tuple[dict[Contender, Subject], dict[Contender, str]]:
     """Every contender that runs, after a first call, and why the others do not."""
     subjects, failed = {}, {}
@@ -382,7 +427,7 @@ def make_subjects(
     return subjects, failed
 
 
-def measure(shape: Shape | Sequences, suite: Suite, device: Device) -> Iterator[Row]:
+def measure(shape: AnyShape, suite: Suite, device: Device) -> Iterator[Row]:
     """The rows of one shape."""
     for what in suite.modes:
         mode = MODES[what]
@@ -404,7 +449,7 @@ def measure(shape: Shape | Sequences, suite: Suite, device: Device) -> Iterator[
 
 
 def counted_rows(
-    shape: Shape | Sequences, contender: Contender, subject: Subject, data: Data, device: Device
+    shape: AnyShape, contender: Contender, subject: Subject, data: Data, device: Device
 ) -> Iterator[Row]:
     """Rows of what training costs besides time; exact, and so counted once."""
     saved = saved_bytes(subject, data)

@@ -16,7 +16,8 @@ from roofline import Shape
 from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-DIGITAL, RECURRENT = "nn.Linear", "nn.LSTM"
+DIGITAL, RECURRENT, EXPERTS = "nn.Linear", "nn.LSTM", "digital experts"
+DIGITAL_ARMS = (DIGITAL, RECURRENT, EXPERTS)
 
 
 class Contender(NamedTuple):
@@ -41,6 +42,22 @@ class Sequences(NamedTuple):
         return f"{self.steps} steps of {self.rows} rows, {self.inputs} → {self.outputs}"
 
 
+class Routed(NamedTuple):
+    """Rows of which every one goes to two of a block's experts: inputs → outputs → inputs."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    experts: int
+
+    def __str__(self) -> str:
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return f"{rows} to 2 of {self.experts} experts, {self.inputs} → {self.outputs}"
+
+
+AnyShape = Shape | Sequences | Routed
+
+
 class Goal(NamedTuple):
     """A bound on a contender's figure, or on its ratio to another's."""
 
@@ -58,7 +75,7 @@ class Goal(NamedTuple):
 
 
 def timed_rows(
-    what: str, shape: Shape | Sequences, contenders: Iterable[Contender], times: list[list[float]]
+    what: str, shape: AnyShape, contenders: Iterable[Contender], times: list[list[float]]
 ) -> list[Row]:
     """Rows of one race, with ratios to the digital layer's median in it."""
     rows = [
@@ -70,7 +87,7 @@ def timed_rows(
 
 
 def make_row(
-    what: str, shape: Shape | Sequences, contender: Contender, unit: str, samples: Sequence[float]
+    what: str, shape: AnyShape, contender: Contender, unit: str, samples: Sequence[float]
 ) -> Row:
     """One figure: median and the 20th and 80th percentile of its samples."""
     ordered = sorted(samples)
@@ -83,14 +100,12 @@ def make_row(
     }
 
 
-def failed_row(
-    what: str, shape: Shape | Sequences, contender: Contender, unit: str, reason: str
-) -> Row:
+def failed_row(what: str, shape: AnyShape, contender: Contender, unit: str, reason: str) -> Row:
     """A figure that could not be taken."""
     return _row(what, shape, contender, unit) | {"failed": reason}
 
 
-def _row(what: str, shape: Shape | Sequences, contender: Contender, unit: str) -> Row:
+def _row(what: str, shape: AnyShape, contender: Contender, unit: str) -> Row:
     return {"what": what, "unit": unit, **shape._asdict(), **contender._asdict()}
 
 
@@ -228,10 +243,10 @@ def verdict(value: float | None, goal: Goal) -> str:
     return f"{value:.2f} {'reached' if value <= goal.at_most else '**missed**'}"
 
 
-def shape_of(row: Row) -> Shape | Sequences:
+def shape_of(row: Row) -> AnyShape:
     """The shape that a row was measured with."""
-    kind: Any = Sequences if "steps" in row else Shape
-    shape: Shape | Sequences = kind(*(row[name] for name in kind._fields))
+    kind: Any = Sequences if "steps" in row else Routed if "experts" in row else Shape
+    shape: AnyShape = kind(*(row[name] for name in kind._fields))
     return shape
 
 

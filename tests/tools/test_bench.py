@@ -453,3 +453,24 @@ def test_a_recurrent_suite_races_layers_that_loop(one_thread):
     common = {"date": "2026", "device": "cpu-recurrent"}
     assert {rows_of.shape_of(row | common) for row in found} == {*suite.shapes}
     assert "3 steps of 2 rows, 4 → 4" in rows_of.figure_table(found[:3])
+
+
+def test_a_suite_of_experts_races_blocks_with_a_router(one_thread):
+    shape = rows_of.Routed(5, 16, 24, 4)
+    suite = dataclasses.replace(layers.SUITES["cpu-experts"], shapes=(shape,), repeats=1, warmup=0)
+    found = list(layers.measure(shape, suite, CPU))
+    assert all("failed" not in row for row in found)
+    timed = {(row["what"], row["arm"]) for row in found if row["unit"] == "ms"}
+    assert timed == {
+        (what, arm) for what in ("forward", "step") for arm in ("digital experts", "analogfx")
+    }
+    assert {rows_of.shape_of(row) for row in found} == {shape}
+    assert "5 rows to 2 of 4 experts, 16 → 24" in rows_of.figure_table(found[:2])
+
+
+def test_the_experts_that_are_raced_are_analog():
+    shape = rows_of.Routed(5, 16, 24, 4)
+    block = layers.make_layer(shape, CPU)
+    subject = layers.analogfx_arm(block, layers.afm(shape, 1))
+    report = analogfx.report(subject.module)
+    assert report.coverage == 1.0 and {s.kind for s in report.sites if "experts" in s.name}
