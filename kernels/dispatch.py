@@ -118,6 +118,10 @@ def _refused_linear(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
     return _refused_tiles(spec)
 
 
+def _refused_experts(x: Tensor, weight: Tensor, *scalars: Any) -> str:
+    return _refused_linear(x, weight, experts.of_one(scalars[-1], weight.shape[0]))
+
+
 def _refused_dtype(dtype: torch.dtype) -> str:
     if dtype in DTYPES:
         return ""
@@ -201,6 +205,12 @@ TABLE: dict[tuple[str, str], Implementation] = {
         lambda *_: False,
         "analogfx.kernels.triton.linear",
     ),
+    ("experts", "triton"): Implementation(
+        _refused_experts,
+        plan.expert_marks_shape,
+        lambda *_: False,
+        "analogfx.kernels.triton.experts",
+    ),
     ("linear", "torch"): Implementation(
         lambda *_: "", linear.clipped_shape, _keeps_weight, "analogfx.kernels.linear"
     ),
@@ -213,10 +223,7 @@ TABLE: dict[tuple[str, str], Implementation] = {
 }
 """By op and implementation. A kernel for another product is a file and a row."""
 
-_WITHOUT_KERNELS = {
-    "conv": "a convolution runs through torch's own",
-    "experts": "experts run one after another",
-}
+_WITHOUT_KERNELS = {"conv": "a convolution runs through torch's own"}
 
 
 def _implementation(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> Implementation:

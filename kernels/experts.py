@@ -26,7 +26,7 @@ from torch import Tensor
 from analogfx.kernels import linear, noise, statistics
 from analogfx.kernels import reference as ref
 from analogfx.kernels.linear import Gradients
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import ROLES, MVMSpec
 
 # --------------------------------------------------------------------------- in plain torch
 
@@ -187,7 +187,7 @@ def seed_of(seed: Tensor | None, expert: int) -> Tensor | None:
     return None if seed is None else seed + expert
 
 
-def _clips(clip: Tensor | None, experts: int) -> list[Tensor | None]:
+def clips_of(clip: Tensor | None, experts: int) -> list[Tensor | None]:
     """The clips of each expert, (k, O)."""
     return [None] * experts if clip is None else [*clip.chunk(experts, dim=1)]
 
@@ -214,7 +214,7 @@ def forward(
         offsets: (E,), where the rows of each expert end.
     """
     count = weight.shape[0]
-    one, clips = of_one(spec, count), _clips(clip, count)
+    one, clips = of_one(spec, count), clips_of(clip, count)
     y = x.new_zeros(out_shape(x, weight))
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
     keeps = linear.keeps_weight(weight, spec)
@@ -237,6 +237,35 @@ def forward(
     return y, clipped, kept
 
 
+def room_for(
+    x: Tensor,
+    weight: Tensor,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    needs: list[bool],
+    busy: list[int],
+) -> Gradients:
+    """Room for the gradients that are wanted, with 0 for what no row goes through.
+
+    Args:
+        busy: the experts that have rows.
+    """
+    like = (x, weight, weight[..., 0], input_range, clip)
+    out = Gradients(
+        *(
+            t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+            for t, need in zip(like, needs, strict=True)
+        )
+    )
+    idle = sorted({*range(weight.shape[0])}.difference(busy))
+    for of_all in (out.weight, out.bias):
+        for e in idle if of_all.numel() else ():
+            of_all[e].zero_()
+    for of_all in (out.input_range, out.clip):
+        of_all.zero_()
+    return out
+
+
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -252,23 +281,11 @@ def backward(
 ) -> Gradients:
     """Gradients of :func:`forward`; see ``linear.backward``."""
     count = weight.shape[0]
-    one, clips = of_one(spec, count), _clips(clip, count)
+    one, clips = of_one(spec, count), clips_of(clip, count)
     of_x, of_weight, of_bias, of_range, of_clip = needs
     found = [*spans(offsets)]
-    bias = weight.new_empty(weight.shape[:2])
-    out = Gradients(
-        *(
-            t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
-            for t, need in zip((x, weight, bias, input_range, clip), needs, strict=True)
-        )
-    )
-    idle = {*range(count)} - {e for e, _ in found}
-    for of_all in (out.weight, out.bias):
-        for e in idle if of_all.numel() else ():
-            of_all[e].zero_()
-    for of_all in (out.input_range, out.clip):
-        of_all.zero_()
-    out_clips = _clips(out.clip, count) if of_clip else []
+    out = room_for(x, weight, input_range, clip, needs, [e for e, _ in found])
+    out_clips = clips_of(out.clip, count) if of_clip else []
     grad_x = _wide_zeros(x) if of_x or of_range else None
     for e, rows in found:
         part = linear.backward_to_dac(
@@ -344,33 +361,31 @@ def update_range(
 # ------------------------------------------------------------------------------------- by role
 
 
-def dac(x: Tensor, input_range: Tensor, offsets: Tensor, inp_res: float) -> Tensor:
-    """Every row behind the DAC of its expert, whose range is one of (E,)."""
+def dac(x: Tensor, input_range: Tensor, offsets: Tensor, *settings: Any) -> Tensor:
+    """Every row behind the DAC of its expert, whose range is one of (E,); see ``reference.dac``."""
     out = _wide_zeros(x)
     for e, rows in spans(offsets):
-        ref.dac(x[rows], input_range[e], inp_res, True, out=out[rows])
+        ref.dac(x[rows], input_range[e], *settings, out=out[rows])
     return out
 
 
 def dac_backward(
-    grad: Tensor,
-    x: Tensor,
-    input_range: Tensor,
-    offsets: Tensor,
-    inp_res: float,
-    range_mode: str,
-    decay: float,
-    input_min_percentage: float,
+    grad: Tensor, x: Tensor, input_range: Tensor, offsets: Tensor, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`dac`: to the inputs and to the ranges."""
+    """Gradients of :func:`dac`: to the inputs and to the ranges.
+
+    Args:
+        settings: the scalars of the role, its derivative's included.
+    """
+    rest = [settings[name] for name in ROLES["dac"].backward]
     grad_x, grad_range = x.new_zeros(x.shape), torch.zeros_like(input_range)
     for e, rows in spans(offsets):
         g, part, r = grad[rows], x[rows], input_range[e]
         grad_x[rows] = (g * ref.inside(part, r)).to(x.dtype)
-        if range_mode == "fast":
+        if settings["range_mode"] == "fast":
             grad_range[e] = ref.range_grad_fast(g, part, r)
         else:
-            grad_range[e] = ref.range_grad_static(g, part, r, decay, input_min_percentage)
+            grad_range[e] = ref.range_grad_static(g, part, r, *rest)
     return grad_x, grad_range
 
 

@@ -29,7 +29,7 @@ from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.part import Part, summed
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, scalars
 from analogfx.kernels.weights import (
     code_scale,
     grouped,
@@ -115,12 +115,12 @@ def converted(x: Tensor, r: Tensor | None, spec: MVMSpec, codes: bool = False) -
     """One tile's input behind the DAC: what its codes stand for, or the codes."""
     if r is None:
         return ref.wide(x)
-    clamp = spec.range_mode != "dynamic"
+    settings = scalars("dac", spec)
     out = torch.empty_like(x, dtype=ref.wide(x.new_empty(0)).dtype)
     for b in row_blocks(x):
         row_range = at_rows(r, b)
         assert row_range is not None
-        ref.dac(x[b], row_range, spec.inp_res, clamp, out=out[b], codes=codes)
+        ref.dac(x[b], row_range, *settings, out=out[b], codes=codes)
     return out
 
 
@@ -137,16 +137,17 @@ def tile_output(
     if draw is not None:
         assert r is not None
         a = scale(peak, spec.out_noise_per_channel, spec)
-        y = ref.output_noise(y, a, r, draw, spec.out_noise)
+        y = ref.output_noise(y, a, r, draw, *scalars("output_noise", spec))
     if not spec.out_bound:
         return y, None
     assert r is not None
-    bound = ref.adc_bound(r, scale(peak, spec.bound_per_channel, spec), spec.out_bound)
+    a = scale(peak, spec.bound_per_channel, spec)
     if integers.depth(spec):
         assert peak is not None
+        bound = ref.adc_bound(r, a, spec.out_bound)
         codes = ref.adc_codes_(y, code_scale(peak, spec))
         return codes.mul_(ref.adc_step(bound, spec.out_res)), bound
-    return ref.adc_(y, bound, spec.out_res), bound
+    return ref.adc_(y, a, r, *scalars("adc", spec))
 
 
 def _draw(y: Tensor, seed: Tensor | None, tile: int, spec: MVMSpec) -> Tensor | None:

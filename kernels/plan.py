@@ -74,6 +74,21 @@ def marks_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
     return len(spec.in_sizes), down, (weight.shape[0] + outputs - 1) // outputs
 
 
+def expert_marks_shape(x: Tensor, weight: Tensor, *scalars: object) -> tuple[int, ...]:
+    """The same for a layer of experts: patches of rows, each of one expert, come first.
+
+    An expert's begin behind those that the rows before it fill, and one more for every expert
+    before it: how many it has is not known without data.
+    """
+    spec = scalars[-1]
+    assert isinstance(spec, MVMSpec)
+    shape = marks_shape(x, weight[0], spec)
+    if len(shape) == 1:
+        return shape
+    tiles, down, across = shape
+    return down + weight.shape[0], tiles * across
+
+
 def described(dtype: torch.dtype, spec: MVMSpec) -> str:
     """The forward product of a site, for a report."""
     if in_integers(spec):

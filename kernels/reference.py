@@ -132,19 +132,21 @@ def dac(
     x: Tensor,
     input_range: Tensor,
     inp_res: float,
-    clamp: bool,
+    range_mode: str = "static",
+    *,
     out: Tensor | None = None,
     codes: bool = False,
 ) -> Tensor:
-    """Clamp to the range (unless it is the input's own maximum) and round to the DAC's grid.
+    """Clamp to the range and round to the DAC's grid.
 
     Args:
+        range_mode: nothing is beyond a range that is "dynamic": it is the input's own maximum.
         out: where to, in the precision of the computation; None for a new tensor.
         codes: give the number of steps, not what it stands for.
     """
     if out is None:
         out = torch.empty_like(x, dtype=wide(x.new_empty(0)).dtype)
-    if clamp:
+    if range_mode != "dynamic":
         clamp_to(wide(x), input_range, out=out)
     else:
         out.copy_(x)
@@ -278,6 +280,11 @@ def quantize_weight(w: Tensor, bound: Tensor, states: float) -> Tensor:
     return weight_codes(w, bound, states).mul_(weight_step(bound, states))
 
 
+def weight_sigma(a: Tensor, noise_std: float) -> Tensor:
+    """Standard deviation of the weights' noise, of the shape of ``a``."""
+    return noise_std * a
+
+
 def weight_backward(grad: Tensor, w: Tensor, clip: Tensor, states: float) -> tuple[Tensor, Tensor]:
     """Gradients of a learned clip: to the weights (0 outside the range) and to the clip.
 
@@ -330,9 +337,16 @@ def adc_step(bound: Tensor, out_res: float) -> Tensor:
     return torch.where(step == 0, 1.0, step)
 
 
-def adc_(y: Tensor, bound: Tensor, out_res: float) -> Tensor:
-    """Round to the ADC's grid (``out_res`` 0: not) in place, *before* the bound is applied."""
-    return quantize_(y, adc_step(bound, out_res)) if out_res else y
+def adc_(
+    y: Tensor, a: Tensor, input_range: Tensor, out_bound: float, out_res: float
+) -> tuple[Tensor, Tensor]:
+    """Round to the ADC's grid (``out_res`` 0: not) in place, *before* the bound is applied.
+
+    Returns:
+        The outputs, and the bound of each channel.
+    """
+    bound = adc_bound(input_range, a, out_bound)
+    return quantize_(y, adc_step(bound, out_res)) if out_res else y, bound
 
 
 def code_scale(weight_bound: Tensor, a: Tensor, ratio: float) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 
 class MVMSpec(NamedTuple):
@@ -64,6 +65,58 @@ class MVMSpec(NamedTuple):
         rounds as the digital layer does on every CPU, and saves a pass over the outputs.
         """
         return len(self.in_sizes) == 1 and not (self.out_noise or self.out_bound)
+
+
+class Role(NamedTuple):
+    """Scalars that the explicit op of one role takes behind its tensors, in this order."""
+
+    forward: tuple[str, ...]
+    backward: tuple[str, ...] = ()
+    """Those of its derivative alone."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.forward + self.backward
+
+    @property
+    def schema(self) -> str:
+        """All of them as arguments of an op."""
+        kinds = {float: "float", bool: "bool", int: "int", str: "str"}
+        defaults = MVMSpec._field_defaults
+        return ", ".join(f"{kinds[type(defaults[name])]} {name}" for name in self.names)
+
+
+ROLES = {
+    "dac": Role(("inp_res", "range_mode"), ("decay", "input_min_percentage")),
+    "clip": Role(("weight_states",)),
+    "quantize": Role(("weight_states",)),
+    "weight_noise": Role(("noise_std",)),
+    "output_noise": Role(("out_noise",)),
+    "adc": Role(("out_bound", "out_res")),
+}
+"""By role. Explicit ops, the nodes that a pass makes of a config, what is fused of these nodes, and
+the calls of the formulas in :mod:`analogfx.kernels.reference` all read this table."""
+
+
+def scalars(role: str, of: object) -> tuple[Any, ...]:
+    """The values of a role's forward, as its formula takes them.
+
+    Args:
+        of: a spec, or a config as plain scalars.
+    """
+    return _getter(ROLES[role].forward)(of)
+
+
+def all_scalars(role: str, of: object) -> tuple[Any, ...]:
+    """The values that the explicit op of a role takes: those of its derivative, too."""
+    return _getter(ROLES[role].names)(of)
+
+
+@functools.cache
+def _getter(names: tuple[str, ...]) -> Callable[[object], tuple[Any, ...]]:
+    get = operator.attrgetter(*names)
+    return get if len(names) > 1 else lambda of: (get(of),)
 
 
 REFERENCE_ONLY: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
 from analogfx.kernels.part import Part, largest_of_tiles
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, scalars
 
 
 def grouped(t: Tensor, groups: int, axis: int) -> Tensor:
@@ -120,7 +120,9 @@ def modified_weight(
     def by_row(per_channel: bool) -> Tensor:
         return torch.stack([scale(peak, per_channel, spec) for peak in peaks], dim=-1)
 
-    sigma = spec.noise_std * by_row(spec.noise_per_channel) if spec.noise_std else None
+    sigma = None
+    if spec.noise_std:
+        sigma = ref.weight_sigma(by_row(spec.noise_per_channel), *scalars("weight_noise", spec))
     bound = by_row(spec.weight_per_channel) if spec.weight_states else None
     clips = by_row(True) if clip is not None else None
     dtype = ref.wide(w.new_empty(0)).dtype
@@ -134,7 +136,7 @@ def modified_weight(
         if bound is not None:
             spread = _spread(bound[b], spec.in_sizes)
             quantized = ref.weight_codes if codes else ref.quantize_weight
-            part = quantized(part, spread, spec.weight_states)
+            part = quantized(part, spread, *scalars("quantize", spec))
         elif clips is not None:
             part = ref.clip_weight(part, _spread(clips[b], spec.in_sizes))
         if sigma is None:

@@ -9,6 +9,7 @@ parameter.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from analogfx import ops
 from analogfx.config import Resolved
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
+from analogfx.kernels.spec import all_scalars
 from analogfx.passes.chain import Emitter, dialect
 from analogfx.passes.contract import CONVOLUTIONS, EXPERTS, Context
 from analogfx.passes.stationary import weight_value
@@ -173,10 +175,7 @@ def _tile(
             x,
             r,
             *([offsets] if own else []),
-            config.inp_res,
-            config.range_mode,
-            0.0 if config.collects else config.decay,
-            config.input_min_percentage,
+            *all_scalars("dac", replace(config, decay=0.0) if config.collects else config),
         )
         if own:  # for what follows, of every row
             column = emit.method("tile", "unsqueeze", emit.method("tile", "detach", r), -1)
@@ -197,12 +196,13 @@ def _tile(
         else:
             normal = dialect.expert_output_normal.default
             draw = emit.call("output_normal", normal, y, seed, 1, offsets)
-        y = emit.call("output_noise", dialect.output_noise.default, y, a, r, draw, config.out_noise)
+        strength = all_scalars("output_noise", config)
+        y = emit.call("output_noise", dialect.output_noise.default, y, a, r, draw, *strength)
     if config.out_bound:
         assert r is not None
         a = _scale(emit, row_max, config.bound_per_channel)
         a = _by_row(emit, "tile", a, offsets, y)
-        y = emit.call("adc", dialect.adc.default, y, a, r, config.out_bound, config.out_res)
+        y = emit.call("adc", dialect.adc.default, y, a, r, *all_scalars("adc", config))
     return y
 
 
@@ -224,18 +224,23 @@ def _weights(
     else:
         row_max = emit.call("row_max", dialect.row_max.default, emit.method("tile", "detach", w))
     if clip is not None:
-        scalars = (config.weight_states, *([emit.site.experts] if emit.site.experts else []))
+        scalars = (
+            *all_scalars("clip", config),
+            *([emit.site.experts] if emit.site.experts else []),
+        )
         w = emit.call("clip", dialect.clip_weight.default, w, clip, *scalars)
     elif config.weight_states:
         bound = _scale(emit, row_max, config.weight_per_channel)
-        w = emit.call("quantize", dialect.quantize_weight.default, w, bound, config.weight_states)
+        states = all_scalars("quantize", config)
+        w = emit.call("quantize", dialect.quantize_weight.default, w, bound, *states)
     if seed is not None and config.noise_std:
         a = _scale(emit, row_max, config.noise_per_channel)
         plain = emit.method("state", "detach", whole)  # of the shape of all tiles together
         experts = emit.site.experts
         normal = dialect.expert_weight_normal if experts else dialect.normal_like
         draw = emit.call("weight_normal", normal.default, plain, seed, 0)
-        w = emit.call("weight_noise", dialect.weight_noise.default, w, a, draw, config.noise_std)
+        strength = all_scalars("weight_noise", config)
+        w = emit.call("weight_noise", dialect.weight_noise.default, w, a, draw, *strength)
     return w, row_max
 
 

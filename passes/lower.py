@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from analogfx import ops
 from analogfx.kernels import patches
 from analogfx.kernels.patches import Window
-from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.kernels.spec import ROLES, MVMSpec, encode
 from analogfx.passes.chain import PER_TILE, Emitter, dialect, made_for, role
 from analogfx.passes.contract import Context, Site, sweep
 
@@ -164,40 +164,28 @@ def _alike(nodes: list[Node]) -> bool:
 
 def _spec(site: Site, nodes: list[Node]) -> MVMSpec:
     """The scalars of a chain; every tile's are those of the first."""
-    dac, clip, quantize = (_first(nodes, r) for r in ("dac", "clip", "quantize"))
-    noise, output, adc = (_first(nodes, r) for r in ("weight_noise", "output_noise", "adc"))
+    found = {name: _first(nodes, name) for name in ROLES}
     dynamic = any(n.target is dialect.dynamic_range.default for n in nodes)
-    inp_res, mode, decay, percentage = (
-        dac.args[-4:] if dac else (0.0, "dynamic" if dynamic else "none", 0.0, 0.0)
-    )
-    modified: Any = clip or quantize
     scalars: dict[str, Any] = {
-        "groups": site.groups,
-        "in_sizes": list(site.in_sizes),
-        "out_sizes": list(site.out_sizes),
-        "range_mode": mode,
-        "decay": decay,
-        "input_min_percentage": percentage,
-        "inp_res": inp_res,
-        "weight_states": modified.args[2] if modified else 0.0,
-        "weight_per_channel": clip is not None or _per_channel(quantize, 1),
-        "noise_std": noise.args[3] if noise else 0.0,
-        "noise_per_channel": _per_channel(noise, 1),
-        "out_noise": output.args[4] if output else 0.0,
-        "out_noise_per_channel": _per_channel(output, 1),
-        "out_bound": adc.args[3] if adc else 0.0,
-        "out_res": adc.args[4] if adc else 0.0,
-        "bound_per_channel": _per_channel(adc, 1),
-        "keep": site.training,
+        "range_mode": "dynamic" if dynamic else "none",
+        "weight_per_channel": found["clip"] is not None or _per_channel(found["quantize"]),
+        "noise_per_channel": _per_channel(found["weight_noise"]),
+        "out_noise_per_channel": _per_channel(found["output_noise"]),
+        "bound_per_channel": _per_channel(found["adc"]),
     }
-    return MVMSpec(**scalars)
+    for name, node in found.items():
+        if node is not None:
+            plain = [a for a in node.args if not isinstance(a, Node)]
+            scalars |= zip(ROLES[name].names, plain, strict=False)  # a clip's experts come last
+    sizes = list(site.in_sizes), list(site.out_sizes)
+    return MVMSpec(*sizes, groups=site.groups, keep=site.training, **scalars)
 
 
-def _per_channel(node: Node | None, argument: int) -> bool:
-    """Whether a node is scaled by each row's own maximum."""
+def _per_channel(node: Node | None) -> bool:
+    """Whether a node is scaled, by its second argument, by each row's own maximum."""
     if node is None:
         return False
-    scale: Any = node.args[argument]
+    scale: Any = node.args[1]
     if scale.target is dialect.expert_rows.default:
         scale = scale.args[0]
     return role(scale) == "row_max"

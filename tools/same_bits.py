@@ -155,7 +155,7 @@ class Call(NamedTuple):
         groups, sizes = spec.groups, list(spec.in_sizes)
         parts = x.split(sizes, axis) if len(sizes) > 1 and groups == 1 else [x]
         pairs = list(zip(parts, ranges, strict=True))
-        codes = [ref.dac(part, r, spec.inp_res, True, codes=True) for part, r in pairs]
+        codes = [ref.dac(part, r, spec.inp_res, codes=True) for part, r in pairs]
         steps = [p.clamp(-r, r) / ref.step_of(r, spec.inp_res) for p, r in pairs]
         whole = torch.cat(steps, axis)
         return torch.cat(codes, axis), (whole - whole.floor() - 0.5).abs()

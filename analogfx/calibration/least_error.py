@@ -28,7 +28,7 @@ def least_error(magnitudes: Tensor, inp_res: float) -> float:
 
     def error(octave: float) -> float:
         bound = torch.tensor(largest * 2.0**-octave)
-        return (ref.dac(magnitudes, bound, inp_res, clamp=True) - magnitudes).square().mean().item()
+        return (ref.dac(magnitudes, bound, inp_res) - magnitudes).square().mean().item()
 
     best, step = 0.0, 0.5
     octaves = [i * step for i in range(int(_OCTAVES / step) + 1)]

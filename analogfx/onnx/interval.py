@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analogfx.kernels import reference as ref
 from analogfx.kernels.conv import convolve
+from analogfx.kernels.spec import scalars
 from analogfx.onnx.sites import Programmed
 
 _OTHER_ROUNDINGS = 8
@@ -159,10 +160,10 @@ def _converted(
     else:
         assert ranges is not None
         r = ranges[tile].cpu()
-    clamp, res, codes = mode != "dynamic", site.spec.inp_res, site.code_scale is not None
+    settings, codes = scalars("dac", site.spec), site.code_scale is not None
     if off is None:
-        return ref.dac(x_t, r, res, clamp, codes=codes), None, r
-    low, high = (ref.dac(x, r, res, clamp, codes=codes) for x in (x_t - off, x_t + off))
+        return ref.dac(x_t, r, *settings, codes=codes), None, r
+    low, high = (ref.dac(x, r, *settings, codes=codes) for x in (x_t - off, x_t + off))
     return (low + high) / 2, (high - low) / 2, r
 
 
@@ -183,14 +184,14 @@ def _digitized(
     by_group = () if site.call.window is not None else (spec.groups,)
     shape = (*by_group, -1, *[1] * _places(site))
     a = a.reshape(shape)
-    bound = ref.adc_bound(r, a, spec.out_bound)
     if rho is not None:
+        bound = ref.adc_bound(r, a, spec.out_bound)
         scale = rho[tile].cpu().reshape(shape)
         codes, step = ref.adc_codes_(y.to(scale.dtype), scale), ref.adc_step(bound, spec.out_res)
         states = max(spec.out_res, 1 / spec.out_res)
         ended = ref.clamp_to(codes, codes.new_tensor(states / 2)) * step
         return ref.clamp_to(codes * step, bound), ended
-    return ref.clamp_to(ref.adc_(y, bound, spec.out_res), bound), None
+    return ref.clamp_to(*ref.adc_(y, a, r, *scalars("adc", spec))), None
 
 
 def _outputs(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analogfx.kernels import experts
+from analogfx.kernels.spec import ROLES
 from analogfx.ops.define import define, wide_like
 
 
@@ -105,7 +106,7 @@ define(
 
 # ---------------------------------------------------------------------------- the roles of tiles
 
-_SETTINGS = "float inp_res, str range_mode, float decay, float input_min_percentage"
+_DAC = ROLES["dac"]
 
 
 def _dac_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,23 +118,27 @@ def _dac_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     op = torch.ops.analogfx.expert_dac_backward.default
     gradients = op(grad, *ctx.saved_tensors, *ctx.settings)
     wanted = (g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=False))
-    return (*wanted, *(None,) * 5)
+    return (*wanted, None, *(None for _ in ctx.settings))
 
 
 define(
     "expert_dac_backward",
-    f"Tensor grad, Tensor x, Tensor input_range, Tensor offsets, {_SETTINGS}",
+    f"Tensor grad, Tensor x, Tensor input_range, Tensor offsets, {_DAC.schema}",
     "(Tensor, Tensor)",
-    experts.dac_backward,
+    lambda grad, x, r, offsets, *settings: experts.dac_backward(
+        grad, x, r, offsets, **dict(zip(_DAC.names, settings, strict=True))
+    ),
     lambda grad, x, r, *_: (x.new_empty(x.shape), torch.empty_like(r)),
     _nothing,
     _once,
 )
 define(
     "expert_dac",
-    f"Tensor x, Tensor input_range, Tensor offsets, {_SETTINGS}",
+    f"Tensor x, Tensor input_range, Tensor offsets, {_DAC.schema}",
     "Tensor",
-    lambda x, input_range, offsets, inp_res, *_: experts.dac(x, input_range, offsets, inp_res),
+    lambda x, input_range, offsets, *settings: experts.dac(
+        x, input_range, offsets, *settings[: len(_DAC.forward)]
+    ),
     lambda x, *_: wide_like(x),
     _dac_setup,
     _dac_backward,

@@ -9,37 +9,49 @@ from torch import Tensor
 
 from analogfx.kernels import experts, linear
 from analogfx.kernels import reference as ref
+from analogfx.kernels.spec import ROLES
 from analogfx.ops.define import define, wide_like
 
 
+def straight_through(role: str, tensors: int) -> tuple[Any, Any]:
+    """The derivative of an op that hands its gradient on to the first of its tensors."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    others = (None,) * (tensors - 1 + len(ROLES[role].names))
+    return setup, lambda ctx, grad: (grad.to(ctx.dtype), *others)
+
+
 def _dac_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, input_range, _, ctx.range_mode, ctx.decay, ctx.input_min_percentage = inputs
+    x, input_range, *settings = inputs
+    ctx.settings = dict(zip(ROLES["dac"].names, settings, strict=True))
     ctx.save_for_backward(x, input_range)
 
 
 def _dac_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, input_range = ctx.saved_tensors
-    rest = (None, None, None, None)
-    if ctx.range_mode == "dynamic":
+    of = ctx.settings
+    rest = (None for _ in of)
+    if of["range_mode"] == "dynamic":
         return grad.to(x.dtype), None, *rest
     grad_range = None
     if ctx.needs_input_grad[1]:
-        if ctx.range_mode == "fast":
+        if of["range_mode"] == "fast":
             grad_range = ref.range_grad_fast(grad, x, input_range)
         else:
             grad_range = ref.range_grad_static(
-                grad, x, input_range, ctx.decay, ctx.input_min_percentage
+                grad, x, input_range, *(of[name] for name in ROLES["dac"].backward)
             )
     return (grad * ref.inside(x, input_range)).to(x.dtype), grad_range, *rest
 
 
 define(
     "dac",
-    "Tensor x, Tensor input_range, float inp_res, str range_mode, float decay, "
-    "float input_min_percentage",
+    f"Tensor x, Tensor input_range, {ROLES['dac'].schema}",
     "Tensor",
-    lambda x, input_range, inp_res, range_mode, decay, input_min_percentage: ref.dac(
-        x, input_range, inp_res, range_mode != "dynamic"
+    lambda x, input_range, *settings: ref.dac(
+        x, input_range, *settings[: len(ROLES["dac"].forward)]
     ),
     lambda x, *_: wide_like(x),
     _dac_setup,
@@ -64,12 +76,11 @@ define(
 
 define(
     "quantize_weight",
-    "Tensor w, Tensor bound, float weight_states",
+    f"Tensor w, Tensor bound, {ROLES['quantize'].schema}",
     "Tensor",
-    lambda w, bound, states: ref.quantize_weight(w, bound.unsqueeze(-1), states),
+    lambda w, bound, *settings: ref.quantize_weight(w, bound.unsqueeze(-1), *settings),
     lambda w, *_: wide_like(w),
-    lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
-    lambda ctx, grad: (grad.to(ctx.dtype), None, None),  # straight through
+    *straight_through("quantize", 2),
 )
 
 
@@ -104,12 +115,13 @@ define(
 
 define(
     "weight_noise",
-    "Tensor w, Tensor a, Tensor normal, float noise_std",
+    f"Tensor w, Tensor a, Tensor normal, {ROLES['weight_noise'].schema}",
     "Tensor",
-    lambda w, a, normal, noise_std: normal * (noise_std * a).unsqueeze(-1) + ref.wide(w),
+    lambda w, a, normal, *settings: (
+        normal * ref.weight_sigma(a, *settings).unsqueeze(-1) + ref.wide(w)
+    ),
     lambda w, *_: wide_like(w),
-    lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[0].dtype),
-    lambda ctx, grad: (grad.to(ctx.dtype), None, None, None),
+    *straight_through("weight_noise", 3),
 )
 
 
@@ -146,35 +158,33 @@ define(
 
 define(
     "output_noise",
-    "Tensor y, Tensor a, Tensor input_range, Tensor normal, float strength",
+    f"Tensor y, Tensor a, Tensor input_range, Tensor normal, {ROLES['output_noise'].schema}",
     "Tensor",
     ref.output_noise,
     lambda y, *_: wide_like(y),
-    lambda ctx, inputs, output: None,
-    lambda ctx, grad: (grad, None, None, None, None),
+    *straight_through("output_noise", 4),
 )
 
 
-def _adc(y: Tensor, a: Tensor, input_range: Tensor, out_bound: float, out_res: float) -> Tensor:
-    bound = ref.adc_bound(input_range, a, out_bound)
-    return ref.clamp_to(ref.adc_(y.clone(), bound, out_res), bound)
+def _adc(y: Tensor, a: Tensor, input_range: Tensor, *settings: float) -> Tensor:
+    return ref.clamp_to(*ref.adc_(y.clone(), a, input_range, *settings))
 
 
 def _adc_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, a, input_range, ctx.out_bound, ctx.out_res = inputs
+    y, a, input_range, *ctx.settings = inputs
     ctx.save_for_backward(y, a, input_range)
 
 
 def _adc_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, a, input_range = ctx.saved_tensors
-    bound = ref.adc_bound(input_range, a, ctx.out_bound)
-    clipped = ref.adc_(y.clone(), bound, ctx.out_res).abs() > bound
-    return grad.masked_fill(clipped, 0.0), None, None, None, None
+    z, bound = ref.adc_(y.clone(), a, input_range, *ctx.settings)
+    passed = grad.masked_fill(z.abs() > bound, 0.0)
+    return passed, None, None, *(None for _ in ctx.settings)
 
 
 define(
     "adc",
-    "Tensor y, Tensor a, Tensor input_range, float out_bound, float out_res",
+    f"Tensor y, Tensor a, Tensor input_range, {ROLES['adc'].schema}",
     "Tensor",
     _adc,
     lambda y, *_: wide_like(y),

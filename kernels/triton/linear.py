@@ -61,28 +61,47 @@ def forward(
         clip: (k, O) or None.
         seed: int64 (), None unless something is noisy.
     """
-    rows = _rows(x)
-    ranges = inputs.tile_ranges(rows, input_range, spec)
     # Made in its final shape: an output that is a view may not be written to by what follows.
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    y = _rows(out)
     marks = x.new_empty(plan.marks_shape(x, weight, spec), dtype=torch.uint8)
+    forward_into(_rows(out), marks, _rows(x), weight, bias, input_range, clip, seed, spec)
+    return out, marks, weight.new_empty(0)
+
+
+def forward_into(
+    y: Tensor,
+    marks: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    spec: MVMSpec,
+) -> None:
+    """Compute the output of :func:`forward` into y, (N, O), and the marks of what was clipped.
+
+    Args:
+        y: contiguous, as ``marks`` is, of ``plan.marks_shape``.
+        x: (N, I).
+    """
+    ranges = inputs.tile_ranges(x, input_range, spec)
     if plan.in_integers(spec):
-        _integer_product(rows, weight, bias, ranges, clip, y, spec)
-        return out, marks, weight.new_empty(0)
+        _integer_product(x, weight, bias, ranges, clip, y, spec)
+        return
     peaks = maxima(weight, clip, spec)
     w = _multiplied(weight, clip, seed, peaks, spec)
     if plan.by_vendor(x.dtype, spec):
         if ranges is not None:
-            rows = inputs.converted(rows, ranges, x.dtype, True, spec)
+            x = inputs.converted(x, ranges, x.dtype, True, spec)
         if bias is None:
-            torch.mm(rows, w.T, out=y)
+            torch.mm(x, w.T, out=y)
         else:
-            torch.addmm(bias, rows, w.T, out=y)
-        return out, marks, weight.new_empty(0)
-    block = blocks.of_forward(rows, w, spec)
+            torch.addmm(bias, x, w.T, out=y)
+        return
+    block = blocks.of_forward(x, w, spec)
     forward_launch(
-        _operand(rows, ranges, w, block, spec),
+        _operand(x, ranges, w, block, spec),
         w,
         _periphery(ranges, seed, peaks, spec),
         bias=bias,
@@ -90,7 +109,6 @@ def forward(
         marks=marks if is_kept(marks) else None,
         block=block,
     ).run()
-    return out, marks, weight.new_empty(0)
 
 
 def _multiplied(
@@ -174,11 +192,60 @@ def backward(
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; the arguments are those of ``linear.backward``."""
-    need_x, need_w, need_bias, need_range, need_clip = needs
+    need_x, need_w, need_bias, need_range, _ = needs
     g, rows = _rows(grad), _rows(x)
-    ranges = inputs.tile_ranges(rows, input_range, spec)
-    found: dict[str, Tensor | None] = {}
-    clipped = None
+    out = Gradients(*(x.new_empty(0) for _ in needs))
+    if need_x:
+        out = out._replace(x=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    if need_w:
+        of_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+        out = out._replace(weight=of_weight)
+    sums, of_clip = gradients_into(
+        _rows(out.x) if need_x else None,
+        out.weight if need_w else None,
+        *(g, rows, weight, input_range, clip, seed, marks, needs, spec),
+    )
+    if of_clip is not None:
+        out = out._replace(clip=of_clip)
+    if need_range:
+        assert sums is not None and input_range is not None
+        out = out._replace(input_range=range_gradient(sums, rows.shape[0], input_range, spec))
+    if need_bias:
+        out = out._replace(bias=bias_gradient(g, weight))
+    return out
+
+
+def bias_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """(O,), of the weight's dtype."""
+    return grad.sum(0, dtype=torch.float32).to(weight.dtype)
+
+
+def gradients_into(
+    dx: Tensor | None,
+    dw: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    seed: Tensor | None,
+    marks: Tensor,
+    needs: list[bool],
+    spec: MVMSpec,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x (N, I) and of the weight into ``dx`` and ``dw``, where they are wanted.
+
+    Args:
+        dx, dw: contiguous; None where they are not wanted.
+
+    Returns:
+        Sums for :func:`range_gradient`, (2, k), and the gradient of the clips; None for what is
+        not wanted.
+    """
+    _, _, _, need_range, need_clip = needs
+    need_x, need_w = dx is not None, dw is not None
+    ranges = inputs.tile_ranges(x, input_range, spec)
+    sums = of_clip = clipped = None
     if need_x or need_range or (spec.out_bound and (need_w or need_clip)):
         peaks = maxima(weight, clip, spec)
         w = modified_weight(weight, clip, seed, peaks, spec)
@@ -187,17 +254,12 @@ def backward(
                 shape = plan.marks_shape(x, weight, spec._replace(keep=True))
                 marks = torch.ones(shape, dtype=torch.uint8, device=x.device)
             codes = _multiplied(weight, clip, seed, peaks, spec) if integers.depth(spec) else w
-            clipped = _clipped(rows, codes, ranges, peaks, seed, marks, spec)
+            clipped = _clipped(x, codes, ranges, peaks, seed, marks, spec)
         if need_x or need_range:
-            pair = _input_gradients(g, w, x, ranges, clipped, need_x, need_range, spec)
-            found |= {"x": pair[0], "input_range": pair[1]}
+            sums = _input_gradients(g, w, x, ranges, clipped, dx, need_range, spec)
     if need_w or need_clip:
-        pair = _weight_gradients(g, rows, ranges, clipped, weight, clip, need_w, spec)
-        found |= {"weight": pair[0], "clip": pair[1] if need_clip else None}
-    if need_bias:
-        found["bias"] = g.sum(0, dtype=torch.float32).to(weight.dtype)
-    nothing = Gradients(*(x.new_empty(0) for _ in needs))
-    return nothing._replace(**{name: t for name, t in found.items() if t is not None})
+        of_clip = _weight_gradients(g, x, ranges, clipped, weight, clip, dw, spec)
+    return sums, of_clip if need_clip else None
 
 
 class Clipped(NamedTuple):
@@ -241,37 +303,41 @@ def _input_gradients(
     x: Tensor,
     ranges: Tensor | None,
     clipped: Clipped | None,
-    need_x: bool,
+    dx: Tensor | None,
     need_range: bool,
     spec: MVMSpec,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x (..., I) and of the ranges (k,)."""
-    rows = _rows(x)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    into = None if dx is None else _rows(dx)
-    product = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if into is None else into
+) -> Tensor | None:
+    """The gradient of x (N, I) into ``dx``, and sums for those of the ranges, (2, k)."""
+    product = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     torch.mm(g, w, out=product)
     clamped = ranges if spec.range_mode in ("static", "fast") else None
     block = blocks.of_input_gradient(g, spec)
     partial = None
     if need_range:
-        partial = x.new_empty(partial_shape(rows.shape[0], spec, block), dtype=torch.float32)
-    results: Any = {"dx": into, "partial": partial, "spec": spec, "block": block}
+        partial = x.new_empty(partial_shape(x.shape[0], spec, block), dtype=torch.float32)
+    results: Any = {"dx": dx, "partial": partial, "spec": spec, "block": block}
     marked = None if clipped is None else clipped.rows
     if clamped is not None:
-        clamp_launch(product, rows, ranges=clamped, marked=marked, **results).run()
+        clamp_launch(product, x, ranges=clamped, marked=marked, **results).run()
     if clipped is not None:
         clipped_input_launch(
-            g, w, rows, ranges=clamped, bits=clipped.bits, marked=clipped.rows, **results
+            g, w, x, ranges=clamped, bits=clipped.bits, marked=clipped.rows, **results
         ).run()
-    if partial is None:
-        return dx, None
-    assert ranges is not None
-    data, count = partial.sum(-1)
+    return None if partial is None else partial.sum(-1)
+
+
+def range_gradient(sums: Tensor, rows: int, ranges: Tensor, spec: MVMSpec) -> Tensor:
+    """The gradient of the ranges (k,).
+
+    Args:
+        sums: (2, k): of the data term, and of saturated inputs.
+        rows: how many rows they are sums of.
+    """
+    data, count = sums
     if spec.range_mode == "fast":
-        return dx, data
-    share = count / _by_tile(spec, float(rows.shape[0]), ranges)
-    return dx, ref.range_grad(data, share, ranges, spec.decay, spec.input_min_percentage)
+        return data
+    share = count / _by_tile(spec, float(rows), ranges)
+    return ref.range_grad(data, share, ranges, spec.decay, spec.input_min_percentage)
 
 
 def _by_tile(spec: MVMSpec, factor: float, like: Tensor) -> Tensor:
@@ -289,11 +355,10 @@ def _weight_gradients(
     clipped: Clipped | None,
     weight: Tensor,
     clip: Tensor | None,
-    need_w: bool,
+    dw: Tensor | None,
     spec: MVMSpec,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of W (O, I) and of the learned clips (k, O)."""
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if need_w else None
+) -> Tensor | None:
+    """The gradient of W (O, I) into ``dw``, and that of the learned clips (k, O)."""
     block = blocks.of_weight_gradient(g, clip is not None, spec)
     bits, marked = (None, None) if clipped is None else (clipped.bits, clipped.outputs)
     results: Any = {"bits": bits, "marked": marked, "clip": clip, "dw": dw, "block": block}
@@ -304,7 +369,7 @@ def _weight_gradients(
         if clipped is not None:
             values = Operand(x, False, spec._replace(range_mode="none", inp_res=0.0))
             weight_launches(g, values, weight, ranges=None, partial=None, **results)[-1].run()
-        return dw, None
+        return None
     across = blocks_of(weight.shape[0], block.outputs)
     dynamic = spec.range_mode == "dynamic"
     shape = len(spec.in_sizes), blocks_of(max(spec.in_sizes), block.inputs), weight.shape[0]
@@ -316,4 +381,4 @@ def _weight_gradients(
     count = _by_tile(spec, float(weight.shape[0]), partial).clamp_min(1.0)
     factor = 2 * torch.sqrt(states / 2 / count) / states if states else count.rsqrt()
     sign = torch.where(clip < 0, -1.0, 1.0)
-    return dw, (partial.sum(1) * factor.unsqueeze(-1) * sign).to(clip.dtype)
+    return (partial.sum(1) * factor.unsqueeze(-1) * sign).to(clip.dtype)

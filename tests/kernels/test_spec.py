@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 import analogfx
+from analogfx.config import resolve
 from analogfx.errors import KernelError, OnnxError
 from analogfx.kernels import dispatch, integers, spec
 from analogfx.kernels.spec import MVMSpec
+from analogfx.modules.program import build
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +42,40 @@ def test_every_program_knows_a_scalar_or_refuses_it(program):
     if program == "prepared":
         asked -= NOISE
     assert {name for name in asked if not re.search(rf"\.{name}\b|\"{name}\"", text)} == set()
+
+
+@pytest.mark.parametrize("role", spec.ROLES)
+def test_a_role_takes_scalars_that_both_a_config_and_a_spec_have(role):
+    config = resolve(analogfx.recipes.afm())
+    names = spec.ROLES[role].names
+    assert names and {*names} <= {*MVMSpec._fields} & {*vars(config)}
+    assert spec.all_scalars(role, config) == tuple(getattr(config, name) for name in names)
+    assert spec.scalars(role, QUANTIZED) == tuple(
+        getattr(QUANTIZED, name) for name in spec.ROLES[role].forward
+    )
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_scalars_of_every_role_reach_the_fused_op(learned):
+    """Each has a value of its own, so that none can stand in another's place."""
+    config = analogfx.recipes.afm()
+    config.forward.inp_res, config.forward.out_res = 30, 62
+    config.forward.out_noise, config.forward.out_bound = 0.125, 3.0
+    config.modifier.std_dev, config.modifier.res = 0.25, 14
+    config.modifier.quantization_type = (
+        analogfx.WeightQuantizationType.DISCRETIZE_PER_CHANNEL
+        if learned
+        else analogfx.WeightQuantizationType.DISCRETIZE
+    )
+    config.pre_post.input_range.decay = 0.5
+    config.pre_post.input_range.input_min_percentage = 0.75
+    if learned:
+        config.clip.type = analogfx.WeightClipType.LEARNABLE_PER_CHANNEL
+    resolved = resolve(config)
+    (lowered,) = build(nn.Linear(8, 4), resolved, True, ()).lowered
+    values = [v for role in spec.ROLES for v in spec.all_scalars(role, lowered.spec)]
+    assert values == [v for role in spec.ROLES for v in spec.all_scalars(role, resolved)]
+    assert len({*values}) == len(values) - 1 and 0.0 not in values  # two roles hold the states
 
 
 @pytest.fixture
