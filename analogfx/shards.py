@@ -61,6 +61,11 @@ def part_within(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
+def is_dense(parameter: Tensor) -> bool:
+    """Whether a parameter is a whole, and what is trained: DeepSpeed may train a copy."""
+    return not is_sharded(parameter) and "deepspeed.utils" not in sys.modules
+
+
 def trained_copy(parameter: Tensor) -> Tensor | None:
     """What DeepSpeed's ZeRO trains in place of a parameter: its values in float32, gathered.
 

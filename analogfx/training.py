@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +77,24 @@ def clip_what_has_a_bound(optimizer: Optimizer, analog: nn.Module) -> RemovableH
 
 def _clip_if_trained(analog: nn.Module) -> None:
     """Clip the weights, unless all are frozen, as beside adapters: these stay what they are."""
-    if any(parameter_of(module, site).requires_grad for _, module, site in sites(analog)):
-        _clip_weights(analog)
+    found = [*_clipped_sites(analog)]
+    if any(each.parameter.requires_grad for each in found):
+        _clip_weights(found)
+
+
+class _Clipped(NamedTuple):
+    """A site whose weight is clipped between steps."""
+
+    path: str
+    module: AnalogModule
+    site: AnalogSite
+    parameter: nn.Parameter
+
+
+def _clipped_sites(analog: nn.Module) -> Iterator[_Clipped]:
+    for path, module, site in sites(analog):
+        if module._analog.resolved.clip_sigma:
+            yield _Clipped(path, module, site, parameter_of(module, site))
 
 
 def clip_weights(analog: nn.Module) -> None:
@@ -93,13 +110,14 @@ def clip_weights(analog: nn.Module) -> None:
         PlacementError: a weight is on the meta device, as accelerate's offload leaves it there.
     """
     _check_bounds(analog)
-    for path, module, site in sites(analog):
-        if parameter_of(module, site).is_meta:
+    found = [*_clipped_sites(analog)]
+    for each in found:
+        if each.parameter.is_meta:
             raise PlacementError(
-                f"{path}: its weight is on the meta device, where there is nothing to clip: clip "
-                "before accelerate offloads the model, or after its hooks are removed"
+                f"{each.path}: its weight is on the meta device, where there is nothing to clip: "
+                "clip before accelerate offloads the model, or after its hooks are removed"
             )
-    _clip_weights(analog)
+    _clip_weights(found)
 
 
 def _check_bounds(analog: nn.Module) -> None:
@@ -111,39 +129,41 @@ def _check_bounds(analog: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _clip_weights(analog: nn.Module) -> None:
+def _clip_weights(found: Sequence[_Clipped]) -> None:
     done: dict[Any, list[Resolved]] = {}
     parts: list[tuple[nn.Parameter, Resolved]] = []
-    for _, module, site in sites(analog):
+    for _, module, site, parameter in found:
         config = module._analog.resolved
-        if not config.clip_sigma:
-            continue
         weight = site.weight(module)
         sharded = shards.is_sharded(weight)
-        where: Any = id(parameter_of(module, site)) if sharded else weight.data_ptr()
+        where: Any = id(parameter) if sharded else weight.data_ptr()
         place = (where, weight.shape, weight.stride(), site.weight if sharded else None)
         clipped = done.setdefault(place, [])
         if config in clipped and not weight.is_meta:  # tied: the bound is that of unclipped weights
             continue
         clipped.append(config)
-        parameter = parameter_of(module, site)
-        if not sharded or weight is not parameter or site.experts:
+        if weight is parameter and weight.dim() == 2 and shards.is_dense(parameter):
+            _clip_matrix(weight, config)
+        elif not sharded or weight is not parameter or site.experts:
             with gathered(module, site) as holder:
                 _clip(holder, site, site.weight(holder), config)
         elif _clip_groups(parameter, config):
             parts.append((parameter, config))
         else:  # all of what a bound is the spread of is here
-            clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
-            clip(shards.local(parameter).flatten(1), config.clip_sigma)
+            _clip_matrix(shards.local(parameter).flatten(1), config)
     _clip_parts(parts)
+
+
+def _clip_matrix(matrix: Tensor, config: Resolved) -> None:
+    """Clip a matrix (O, I), which is here as a whole."""
+    (dispatch.clip_rows if config.clip_per_channel else clip_matrix)(matrix, config.clip_sigma)
 
 
 def _clip(module: nn.Module, site: AnalogSite, weight: Tensor, config: Resolved) -> None:
     """Clip one site's weight, which is here as a whole."""
     matrix = weight.flatten(1)
-    clip = dispatch.clip_rows if config.clip_per_channel else clip_matrix
     for own in site.matrices(matrix):  # each by its own spread
-        clip(own, config.clip_sigma)
+        _clip_matrix(own, config)
     if not is_view(matrix, module, site):
         store_weight(module, site, matrix)
 

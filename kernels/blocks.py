@@ -24,3 +24,12 @@ def row_blocks(t: Tensor) -> Iterator[slice]:
     size = max(1, BLOCK * rows // t.numel())
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+
+
+def parts(t: Tensor) -> Iterator[Tensor]:
+    """A tensor in blocks of rows; itself where it is one block."""
+    if t.device.type != "cpu" or t.numel() <= BLOCK:
+        yield t
+    else:
+        for b in row_blocks(t):
+            yield t[b]

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.blocks import parts, row_blocks
 
 
 @torch.no_grad()
 def clip_rows(matrix: Tensor, sigma: float) -> None:
     """Clamp every row of a matrix (O, I)."""
-    for b in row_blocks(matrix):
-        _clamp(matrix[b], sigma * ref.row_std(ref.wide(matrix[b])))
+    for part in parts(matrix):
+        _clamp(part, sigma * ref.row_std(ref.wide(part)))
 
 
 @torch.no_grad()
 def clip_matrix(matrix: Tensor, sigma: float) -> None:
     """Clamp a matrix (O, I) by the spread of all its elements."""
     bound = sigma * ref.wide(matrix).std()
-    for b in row_blocks(matrix):
-        _clamp(matrix[b], bound)
+    for part in parts(matrix):
+        _clamp(part, bound)
 
 
 def moments(matrix: Tensor, by_row: bool) -> Tensor:

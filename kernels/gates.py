@@ -95,8 +95,9 @@ class _LSTM:
 
     def step(self, x: Tensor, h: Tensor, state: Tensor, kept: Tensor, out: Tensor) -> None:
         torch.add(x, h, out=kept)
-        i_f, g, o = kept.split((2 * out.shape[1], out.shape[1], out.shape[1]), 1)
-        i, f = i_f.sigmoid_().chunk(2, 1)
+        size = out.shape[1]
+        i, f, g, o = torch.split_with_sizes(kept, (size,) * 4, 1)
+        kept[:, : 2 * size].sigmoid_()  # i and f
         torch.mul(i, g.tanh_(), out=out)
         state.mul_(f).add_(out)
         torch.tanh(state, out=out).mul_(o.sigmoid_())
@@ -119,9 +120,9 @@ class _GRU:
 
     def step(self, x: Tensor, h: Tensor, state: Tensor, kept: Tensor, out: Tensor) -> None:
         size = out.shape[1]
-        r_z, n, n_h = kept.split((2 * size, size, size), 1)
-        torch.add(x[:, : 2 * size], h[:, : 2 * size], out=r_z)
-        r, z = r_z.sigmoid_().chunk(2, 1)
+        r, z, n, n_h = torch.split_with_sizes(kept, (size,) * 4, 1)
+        r_z = kept[:, : 2 * size]
+        torch.add(x[:, : 2 * size], h[:, : 2 * size], out=r_z).sigmoid_()
         n_h.copy_(h[:, 2 * size :])
         torch.mul(r, n_h, out=n).add_(x[:, 2 * size :]).tanh_()
         torch.sub(state, n, out=out).mul_(z).add_(n)

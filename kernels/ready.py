@@ -8,7 +8,7 @@ time goes into small ops and into new memory. The numbers are those of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ NoteClipped = Callable[[int, Tensor, Tensor], None]
 """Is told of a tile's number, and its outputs before and after its ADC's clamp."""
 
 
+_CALLS, _ROWS = 16, 8
+"""From how many calls, of how many rows, a copy of the weights pays whose outputs lie side by side:
+torch's matrix library takes 0.5 to 0.9 times as long by it, and the copy a few products."""
+
+
 class _Step(NamedTuple):
     """A converter's step."""
 
@@ -34,16 +39,23 @@ class _Step(NamedTuple):
     """What a code stands for; None where codes go on."""
 
 
+class _Limits(NamedTuple):
+    """What a clamp goes by: tensors, or numbers where they are known to the host."""
+
+    low: Any
+    high: Any
+
+
 class _Tile(NamedTuple):
     """What one tile along the inputs needs."""
 
     inputs: slice
-    range: Tensor | None
+    range: _Limits | None
     dac: _Step | None
     weight: Tensor
     """(I, O)."""
     adc: _Step | None
-    bound: Tensor | None
+    bound: _Limits | None
     code_scale: Tensor | None
     """What makes the ADC's codes of the sum of a product of codes; None for one of values."""
 
@@ -65,6 +77,8 @@ def make(
     input_range: Tensor | None,
     clip: Tensor | None,
     spec: MVMSpec,
+    calls: int = 0,
+    rows: int = 0,
 ) -> Ready:
     """Make a product ready.
 
@@ -74,6 +88,7 @@ def make(
         input_range: (k,), None unless the range is static or fast.
         clip: (k, O) or None.
         spec: of one group.
+        calls: how often it will be computed, with so many ``rows``.
 
     Raises:
         KernelError: the spec has a scalar of ``spec.REFERENCE_ONLY``.
@@ -91,6 +106,8 @@ def make(
     quiet = spec._replace(noise_std=0.0)
     held = modified_weight(weight, clip, None, peaks, quiet, codes=depth > 0)
     columns = held.t()
+    if calls >= _CALLS and rows >= _ROWS:
+        columns = columns.contiguous()
     made = []
     for t, s in tiles(spec.in_sizes):
         r = None if input_range is None else input_range[t]
@@ -103,8 +120,17 @@ def make(
             bound = ref.adc_bound(r, scale(peaks[t], spec.bound_per_channel, spec), spec.out_bound)
             adc = _step(ref.adc_step(bound, spec.out_res)) if spec.out_res else None
             rho = code_scale(peaks[t], spec) if depth else None
-        made.append(_Tile(s, r, dac, columns[s], adc, bound, rho))
+        made.append(_Tile(s, _limits(r), dac, columns[s], adc, _limits(bound), rho))
     return Ready(made, None if bias is None else ref.wide(bias), None, None, text)
+
+
+def _limits(bound: Tensor | None) -> _Limits | None:
+    if bound is None:
+        return None
+    if bound.numel() == 1 and bound.device.type == "cpu":  # in host memory, so no sync
+        value = float(bound)
+        return _Limits(-value, value)
+    return _Limits(-bound, bound)
 
 
 def _step(step: Tensor) -> _Step:
@@ -127,12 +153,12 @@ def linear(
         weight, scale = ready.operands
         r = ready.input_range
         return prepared.linear(x, weight, scale, ready.bias, None, r, None, ready.text)
-    rows = ref.wide(x.reshape(-1, x.shape[-1]))
-    total = None
+    rows = ref.wide(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+    total, whole = None, len(ready.tiles) == 1
     for t, tile in enumerate(ready.tiles):
-        z = rows[:, tile.inputs]
+        z = rows if whole else rows[:, tile.inputs]
         if tile.range is not None:
-            z = ref.clamp_to(z, tile.range)
+            z = torch.clamp(z, *tile.range)
             if tile.dac is not None:
                 _round_(z, tile.dac)
         y = torch.mm(z, tile.weight)
@@ -144,15 +170,18 @@ def linear(
                 y.mul_(tile.code_scale).round_().mul_(tile.adc.factor)
             elif tile.adc is not None:
                 _round_(y, tile.adc)
-            bounded = ref.clamp_to(y, tile.bound, out=y if note is None else None)
-            if note is not None:
+            if note is None:
+                y.clamp_(*tile.bound)
+            else:
+                bounded = torch.clamp(y, *tile.bound)
                 note(t, y, bounded)
-            y = bounded
+                y = bounded
         total = y if total is None else total.add_(y)
     assert total is not None
     if ready.bias is not None:
         total.add_(ready.bias)
-    return total.view(*x.shape[:-1], -1).to(x.dtype)
+    total = total if x.dim() == 2 else total.view(*x.shape[:-1], -1)
+    return total.to(x.dtype)
 
 
 def _round_(x: Tensor, step: _Step) -> None:

@@ -74,6 +74,8 @@ class Plan(NamedTuple):
 
 def _rows(group: list[slice]) -> slice:
     """The rows of steps that follow one another."""
+    if len(group) == 1:
+        return group[0]
     return slice(min(step.start for step in group), max(step.stop for step in group))
 
 
@@ -197,7 +199,9 @@ class _Forward:
     def __init__(self, site: Site, seed: Tensor | None, number: int, plan: Plan) -> None:
         spec = site.spec
         rows, outputs = sum(plan.sizes), sum(spec.out_sizes)
-        self._ready = ready.make(site.weight, site.bias, site.input_range, site.clip, spec)
+        calls = len(plan.sizes) if number else 0  # x is multiplied for many steps at once
+        operands = site.weight, site.bias, site.input_range, site.clip
+        self._ready = ready.make(*operands, spec, calls, max(plan.sizes))
         noisy = _Noise(site, seed, number, rows)
         self._sigmas = noisy.sigmas
         self.draws, self._of_outputs = noisy.of_weights(), noisy.of_outputs()
@@ -264,24 +268,31 @@ def forward(
     longest = max(plan.sizes)
     out, inner = x.new_empty(rows, h.shape[1]), x.new_empty(longest, size)
     kept = x.new_empty(rows if plan.keep else longest, cell.kept * size)
-    cells = x.new_empty(rows if plan.keep and c is not None else 0, size)
+    keeps_cells = plan.keep and c is not None
+    cells = x.new_empty(rows if keeps_cells else 0, size)
 
+    even = len({*plan.sizes}) == 1  # then an output is the next step's state as it is
     h = h.clone()
-    state = h if c is None else c.clone()
+    cell_state = None if c is None else c.clone()
     for group in plan.groups(cell.gates * size):
         whole = _rows(group)
         gates_x = of_x(x[whole], group)
         for step in group:
             n = step.stop - step.start
             now = inner[:n] if of_projection else out[step]
-            gates_h = of_h(h[:n], [step])
+            gates_h = of_h(h if even else h[:n], [step])
             keeps = kept[step] if plan.keep else kept[:n]
-            cell.step(gates_x[_within(step, whole)], gates_h, state[:n], keeps, now)
-            if len(cells):
-                cells[step] = state[:n]
+            before = h if cell_state is None else cell_state
+            before = before if even else before[:n]
+            cell.step(gates_x[_within(step, whole)], gates_h, before, keeps, now)
+            if keeps_cells:
+                cells[step] = before
             if of_projection:
                 out[step] = of_projection[0](now, [step])
-            h[:n] = out[step]
+            if even:
+                h = out[step]
+            else:
+                h[:n] = out[step]
     found = Kept(
         kept if plan.keep else kept.new_empty(0),
         cells,
@@ -289,7 +300,7 @@ def forward(
         [run.basis for run in runs],
         [run.draws if plan.keep else run.draws.new_empty(0) for run in runs],
     )
-    return out, h, None if c is None else state, found
+    return out, h.clone() if even else h, cell_state, found
 
 
 # ---------------------------------------------------------------------------------- backward
