@@ -3,7 +3,7 @@
     W[o] <- clamp(W[o], +-sigma std(W[o]))      or with the std of all of W
 
 ``clip_weights`` of AIHWKIT-Lightning's layers: whole rows, all tiles together, mean removed,
-unbiased.
+unbiased. To be called where no gradients are recorded: what is clipped are parameters.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import parts, row_blocks
 
 
-@torch.no_grad()
 def clip_rows(matrix: Tensor, sigma: float) -> None:
     """Clamp every row of a matrix (O, I)."""
     for part in parts(matrix):
         _clamp(part, sigma * ref.row_std(ref.wide(part)))
 
 
-@torch.no_grad()
 def clip_matrix(matrix: Tensor, sigma: float) -> None:
     """Clamp a matrix (O, I) by the spread of all its elements."""
     bound = sigma * ref.wide(matrix).std()
@@ -44,7 +42,6 @@ def moments(matrix: Tensor, by_row: bool) -> Tensor:
     return out if by_row else out.sum(0, keepdim=True)
 
 
-@torch.no_grad()
 def clip_part(part: Tensor, sigma: float, moments: Tensor) -> None:
     """Clamp a part of a matrix by the spread of the whole, or of its rows, by their moments.
 
