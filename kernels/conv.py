@@ -85,13 +85,12 @@ def _convolve_in_parts(
 def _analog_weight(
     weight: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec, codes: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The kernel as the tile holds it, and the maximum of each output channel."""
+    """The kernel as the tile holds it, and the maximum of each output channel, (1, O)."""
     matrix = _matrix(weight)
     rows = spec._replace(groups=1)  # the rows of all groups are one matrix
     peaks = maxima(matrix, clip, rows)
     modified = modified_weight(matrix, clip, seed, peaks, rows, codes)
-    peak = None if peaks is None else _per_channel(peaks[0], weight.dim() - 2)
-    return modified.view(weight.shape), peak
+    return modified.view(weight.shape), peaks
 
 
 def _draw(y: Tensor, seed: Tensor | None, spec: MVMSpec) -> Tensor | None:
@@ -127,10 +126,31 @@ def forward(
         ``y`` (B, O, *out) of x's dtype; ``clipped`` uint8 and ``modified``, without elements
         unless the backward keeps them.
     """
+    modified, peaks = _analog_weight(weight, clip, seed, spec, integers.depth(spec) > 0)
+    y, clipped = product(x, modified, peaks, bias, input_range, seed, window, spec)
+    return y, clipped, modified if linear.keeps_weight(weight, spec) else weight.new_empty(0)
+
+
+def product(
+    x: Tensor,
+    modified: Tensor,
+    peaks: Tensor | None,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    seed: Tensor | None,
+    window: Window,
+    spec: MVMSpec,
+) -> tuple[Tensor, Tensor]:
+    """The site's output and the marks of clipped outputs, by the weights as the tile holds them.
+
+    Args:
+        modified: codes where the site multiplies codes.
+        peaks: (1, O), what scales the channels; None where nothing does.
+    """
     dims = x.dim() - 2
     r = None if input_range is None else input_range[0]
     codes = integers.depth(spec) > 0
-    modified, peak = _analog_weight(weight, clip, seed, spec, codes)
+    peak = None if peaks is None else _per_channel(peaks[0], dims)
     depth = summed_at_once(_matrix(modified), spec) if codes else 0
     bias = None if bias is None else ref.wide(bias)
     inner, outer = (bias, None) if spec.ends_with_product else (None, bias)
@@ -145,8 +165,7 @@ def forward(
         y = ref.clamp_to(y, bound)
     if outer is not None:
         y = y + _per_channel(outer, dims)
-    kept = modified if linear.keeps_weight(weight, spec) else weight.new_empty(0)
-    return y.to(x.dtype), clipped, kept
+    return y.to(x.dtype), clipped
 
 
 def backward(
@@ -163,24 +182,49 @@ def backward(
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; the arguments are those of ``linear.backward``."""
+    r = None if input_range is None else input_range[0]
+    peaks = None
+    if not linear.is_kept(modified):
+        modified, peaks = _analog_weight(weight, clip, seed, spec)
+    analog_x = linear.converted(x, r, spec)
+    if spec.out_bound and grad.numel() and not linear.is_kept(clipped):
+        y = _product_again(x, weight, clip, analog_x, modified, r, window, spec)
+        peak = None if peaks is None else _per_channel(peaks[0], x.dim() - 2)
+        y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
+        assert bound is not None
+        clipped = y.abs() > bound
+    operands = x, weight, input_range, clip, analog_x, modified
+    return gradients(ref.wide(grad), clipped, *operands, needs, window, spec)
+
+
+def gradients(
+    grad: Tensor,
+    clipped: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    input_range: Tensor | None,
+    clip: Tensor | None,
+    analog_x: Tensor,
+    modified: Tensor,
+    needs: list[bool],
+    window: Window,
+    spec: MVMSpec,
+) -> Gradients:
+    """Gradients by what the tile multiplied.
+
+    Args:
+        grad: (B, O, *out), of the dtype that the gradients' products are to have.
+        clipped: what a bound clipped; without elements where there is none.
+        analog_x, modified: the values behind the DAC and those that the tile held, of ``grad``'s
+            dtype.
+    """
     need_x, need_w, need_bias, need_range, need_clip = needs
     r = None if input_range is None else input_range[0]
-    g = ref.wide(grad)
     out = Gradients(*(x.new_empty(0) for _ in needs))
     if need_bias:
-        out = out._replace(bias=g.sum([0, *range(2, g.dim())]).to(weight.dtype))
-    peak = None
-    if not linear.is_kept(modified):
-        modified, peak = _analog_weight(weight, clip, seed, spec)
-    analog_x = linear.converted(x, r, spec)
-    if spec.out_bound and g.numel():
-        if not linear.is_kept(clipped):
-            y = _product_again(x, weight, clip, analog_x, modified, r, window, spec)
-            y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
-            assert bound is not None
-            clipped = y.abs() > bound
-        g = g.masked_fill(clipped.bool(), 0.0)
-
+        of_bias = ref.wide(grad).sum([0, *range(2, grad.dim())])
+        out = out._replace(bias=of_bias.to(weight.dtype))
+    g = grad.masked_fill(clipped.bool(), 0.0) if clipped.numel() else grad
     grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
         g,
         analog_x,
@@ -199,14 +243,15 @@ def backward(
         if spec.range_mode == "fast":
             grad_range = ref.range_grad_fast(grad_x, x, r)
         else:
-            grad_range = _range_grad(g, x, modified, r, window, spec)
+            wide = ref.wide(g), x, ref.wide(modified)
+            grad_range = _range_grad(*wide, r, window, spec)
         out = out._replace(input_range=grad_range.view(1))
     if need_x:
-        grad_x = grad_x if r is None else grad_x * ref.inside(x, r)
+        grad_x = grad_x if r is None else ref.wide(grad_x) * ref.inside(x, r)
         out = out._replace(x=laid_out(grad_x.to(x.dtype), x))
     if clip is not None and (need_w or need_clip):
         flat, grad_clip = ref.weight_backward(
-            _matrix(grad_w), _matrix(weight), clip[0], spec.weight_states
+            ref.wide(_matrix(grad_w)), _matrix(weight), clip[0], spec.weight_states
         )
         grad_w = flat.view(weight.shape)
         out = out._replace(clip=grad_clip.unsqueeze(0).to(clip.dtype))

@@ -104,8 +104,7 @@ def refusal(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> str:
     """
     if reason := _refused_device(x.device):
         return reason
-    kernels = TABLE.get((op, "triton"))
-    return _WITHOUT_KERNELS[op] if kernels is None else kernels.refusal(x, weight, *scalars)
+    return TABLE[op, "triton"].refusal(x, weight, *scalars)
 
 
 def _refused_linear(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
@@ -116,6 +115,16 @@ def _refused_linear(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
     if spec.groups != 1:
         return f"the product has {spec.groups} groups: the kernels take one matrix"
     return _refused_tiles(spec)
+
+
+def _refused_conv(x: Tensor, weight: Tensor, *scalars: Any) -> str:
+    if reason := _refused_dtype(x.dtype):
+        return reason
+    if weight.dtype != x.dtype:
+        return f"the input is {x.dtype}, the weight {weight.dtype}"
+    if x.dim() > 2 and x[:1].numel() >= 1 << 31:
+        return "an image has 2**31 elements or more: the kernels count them in 32 bits"
+    return _refused_tiles(scalars[-1])
 
 
 def _refused_experts(x: Tensor, weight: Tensor, *scalars: Any) -> str:
@@ -163,7 +172,7 @@ def chosen(weight: Tensor, spec: MVMSpec, op: str = "linear") -> str:
         op: "linear", "conv" or "experts".
     """
     reason = "it was asked for" if asked == "reference" else refusal(op, weight, weight, spec)
-    return f"torch: {reason}" if reason else plan.described(weight.dtype, spec)
+    return f"torch: {reason}" if reason else plan.described(op, weight.dtype, spec)
 
 
 def clip_rows(matrix: Tensor, sigma: float) -> None:
@@ -214,6 +223,9 @@ TABLE: dict[tuple[str, str], Implementation] = {
     ("linear", "torch"): Implementation(
         lambda *_: "", linear.clipped_shape, _keeps_weight, "analogfx.kernels.linear"
     ),
+    ("conv", "triton"): Implementation(
+        _refused_conv, conv.clipped_shape, lambda *_: False, "analogfx.kernels.triton.conv"
+    ),
     ("conv", "torch"): Implementation(
         lambda *_: "", conv.clipped_shape, _keeps_weight, "analogfx.kernels.conv"
     ),
@@ -222,8 +234,6 @@ TABLE: dict[tuple[str, str], Implementation] = {
     ),
 }
 """By op and implementation. A kernel for another product is a file and a row."""
-
-_WITHOUT_KERNELS = {"conv": "a convolution runs through torch's own"}
 
 
 def _implementation(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> Implementation:
@@ -285,10 +295,10 @@ def update_range(
     if offsets is not None:
         state = (input_range, count, x_min, x_max)
         return experts.update_range(x, offsets, *state, range_mode, in_sizes, *settings)
-    if window is not None:
-        reason = refusal("conv", x, x, window, MVMSpec(in_sizes, [0], groups))
-    else:
+    module: ModuleType = statistics
+    if window is None:  # those of patches are taken of the image, by torch
         reason = refusal("linear", x, x, MVMSpec(in_sizes, [0], groups))
-    return _module(reason, "statistics", statistics).update_range(
+        module = _module(reason, "statistics", statistics)
+    return module.update_range(
         x, input_range, count, x_min, x_max, range_mode, groups, in_sizes, window, *settings
     )

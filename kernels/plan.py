@@ -21,6 +21,11 @@ REUSED = 4
 """Blocks across from which a product's inputs are converted beforehand: each block across would
 convert them again in its prologue, and reading and writing them once costs no more than that."""
 
+LEAST_OUTPUTS = 16
+"""Outputs of a group from which on a convolution is one launch."""
+
+CONV_BY_VENDOR = "triton: weights; torch.convolution"
+
 PATCH = (16, 32)
 """Rows and outputs that share a mark, in training, of whether a bound clipped one of them."""
 
@@ -89,8 +94,19 @@ def expert_marks_shape(x: Tensor, weight: Tensor, *scalars: object) -> tuple[int
     return down + weight.shape[0], tiles * across
 
 
-def described(dtype: torch.dtype, spec: MVMSpec) -> str:
+def fuses_conv(dtype: torch.dtype, spec: MVMSpec) -> bool:
+    """Whether a convolution is one launch, and not the vendor's product in float32.
+
+    The vendor's is faster for float32, and for groups of few outputs, as depthwise convolutions
+    have them: a block of outputs lies within one group.
+    """
+    return dtype != torch.float32 and sum(spec.out_sizes) >= LEAST_OUTPUTS * spec.groups
+
+
+def described(op: str, dtype: torch.dtype, spec: MVMSpec) -> str:
     """The forward product of a site, for a report."""
+    if op == "conv":
+        return "triton: fused" if fuses_conv(dtype, spec) else CONV_BY_VENDOR
     if in_integers(spec):
         return "triton: int8"
     if by_vendor(dtype, spec):

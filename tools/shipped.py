@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from analogfx.kernels import integers, plan
+from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.clip import clip_launch
 from analogfx.kernels.triton.clipped import clipped_launch
+from analogfx.kernels.triton.conv_forward import conv_launch
 from analogfx.kernels.triton.forward import forward_launch, linear_forward
 from analogfx.kernels.triton.input_gradient import clamp_launch, clipped_input_launch, partial_shape
 from analogfx.kernels.triton.inputs import Operand, convert_launch
@@ -28,6 +31,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int32: "i32",
     torch.int64: "i64",
 }
 N, INPUTS, OUTPUTS = 8192, 4096, 4096
@@ -135,6 +139,52 @@ def shipped() -> Iterator[Shipped]:
         yield from _backward(text, dtype)
     for size in ("many", "few"):
         yield from _forward("int8", torch.int8, size)
+    for text in ("bf16", "fp16"):
+        yield from _convolutions(text, PRODUCTS[text])
+
+
+CONVOLUTIONS = {
+    "3 x 3": ((256, 56, 56), 256, (3, 3), (1, 1), 1),
+    "3 x 3, channels last": ((256, 56, 56), 256, (3, 3), (1, 1), 1),
+    "7 x 7 of 3 channels": ((3, 224, 224), 64, (7, 7), (2, 2), 1),
+    "1 x 1": ((1024, 14, 14), 512, (1, 1), (1, 1), 1),
+    "one axis": ((512, 1500), 512, (3,), (2,), 1),
+    "three axes": ((64, 16, 56, 56), 64, (3, 3, 3), (1, 1, 1), 1),
+    "groups": ((1024, 14, 14), 1024, (3, 3), (1, 1), 32),
+}
+"""Image, outputs, kernel, stride and groups."""
+
+
+def _convolutions(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
+    for name, (image, outputs, kernel, stride, groups) in CONVOLUTIONS.items():
+        channels = image[0] // groups
+        inputs = channels * math.prod(kernel)
+        padding = [k // 2 for k in kernel]
+        window = Window([*kernel], [*stride], padding, [1] * len(kernel))
+        x, w = _empty(32, *image, dtype=dtype), _empty(outputs, inputs, dtype=dtype)
+        y = _empty(32, outputs, *window.out_size([*image[1:]]), dtype=dtype)
+        if "channels last" in name:
+            x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+        scales, seed = _empty(1, outputs), _empty(dtype=torch.int64)
+        table = _empty(1 + len(kernel), inputs, dtype=torch.int32)
+        for kind, fields in {"ADC": {}, "ADC, output noise": {"out_noise": 0.05}}.items():
+            spec = MVMSpec(
+                [inputs], [outputs], groups, "static", inp_res=254.0, keep=True, **ADC, **fields
+            )
+            around = Periphery(_empty(1), seed, scales, scales)
+            launch = conv_launch(
+                x,
+                table,
+                w,
+                around,
+                window,
+                spec,
+                y=y,
+                block=blocks.of_conv(y, w),
+                bias=_empty(outputs, dtype=dtype),
+                clipped=torch.empty_like(y, dtype=torch.uint8),
+            )
+            yield compiled_as(f"conv_forward[{text}, {name}, {kind}]", launch, text, True)
 
 
 def _weights() -> Iterator[Shipped]:

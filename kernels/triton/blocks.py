@@ -72,6 +72,12 @@ TABLE: dict[tuple[str, str], dict[torch.dtype, Blocks]] = {
         **_half_and_float(Blocks(16, 64, 32, 4, 3, 255), Blocks(16, 64, 32, 4, 3, 255)),
         torch.int8: Blocks(16, 64, 64, 4, 3, 255),
     },
+    # Elements of patches are loaded one by one, each with an address and a place in the image.
+    ("conv", "many"): _half_and_float(Blocks(128, 64, 32, 8, 3), Blocks(32, 64, 32, 8, 2, 255)),
+    ("conv, unaligned", "many"): _half_and_float(
+        Blocks(64, 64, 32, 8, 3), Blocks(32, 64, 32, 8, 2, 255)
+    ),
+    ("conv", "few"): _half_and_float(Blocks(16, 64, 64, 4, 3), Blocks(16, 64, 32, 4, 2, 255)),
     # One accumulator: g W, rows by inputs, summed over outputs.
     ("input", "many"): _half_and_float(Blocks(128, 64, 128, 8, 3), Blocks(64, 32, 64, 4, 3)),
     ("input, unaligned", "many"): _half_and_float(
@@ -100,6 +106,12 @@ def of_forward(x: Tensor, w: Tensor, spec: MVMSpec) -> Blocks:
         return choose("unaligned", w.dtype, rows)
     heavy = rows > plan.FEW and (spec.out_noise or spec.range_mode == "dynamic")
     return choose("heavy" if heavy else "forward", w.dtype, rows)
+
+
+def of_conv(y: Tensor, w: Tensor) -> Blocks:
+    """Blocks of the convolution that gives y (B, O, *out) by w (O, inputs of a patch)."""
+    product = "conv, unaligned" if w.shape[1] % 16 else "conv"
+    return choose(product, w.dtype, y.numel() // max(y.shape[1], 1))
 
 
 def of_input_gradient(g: Tensor, spec: MVMSpec) -> Blocks:

@@ -31,15 +31,9 @@ from analogfx.kernels.triton.input_gradient import (
 )
 from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import blocks_of, geometry
-from analogfx.kernels.triton.tile import Periphery
+from analogfx.kernels.triton.tile import periphery
 from analogfx.kernels.triton.weight_gradient import weight_launches
-from analogfx.kernels.triton.weights import (
-    code_scale,
-    maxima,
-    modified_weight,
-    scaled_by,
-    weight_codes,
-)
+from analogfx.kernels.triton.weights import maxima, modified_weight, multiplied
 
 
 def forward(
@@ -90,7 +84,7 @@ def forward_into(
         _integer_product(x, weight, bias, ranges, clip, y, spec)
         return
     peaks = maxima(weight, clip, spec)
-    w = _multiplied(weight, clip, seed, peaks, spec)
+    w = multiplied(weight, clip, seed, peaks, spec)
     if plan.by_vendor(x.dtype, spec):
         if ranges is not None:
             x = inputs.converted(x, ranges, x.dtype, True, spec)
@@ -103,7 +97,7 @@ def forward_into(
     forward_launch(
         _operand(x, ranges, w, block, spec),
         w,
-        _periphery(ranges, seed, peaks, spec),
+        periphery(ranges, seed, peaks, spec),
         bias=bias,
         y=y,
         marks=marks if is_kept(marks) else None,
@@ -111,43 +105,8 @@ def forward_into(
     ).run()
 
 
-def _multiplied(
-    weight: Tensor, clip: Tensor | None, seed: Tensor | None, peaks: Tensor | None, spec: MVMSpec
-) -> Tensor:
-    """The weights as the forward product takes them: codes where the site multiplies codes."""
-    if not integers.depth(spec):
-        return modified_weight(weight, clip, seed, peaks, spec)
-    assert peaks is not None
-    return weight_codes(weight, clip, peaks, spec)
-
-
-def _periphery(
-    ranges: Tensor | None,
-    seed: Tensor | None,
-    peaks: Tensor | None,
-    spec: MVMSpec,
-    weight_step: Tensor | None = None,
-) -> Periphery:
-    """What stands around tiles whose weights, if they are codes, stand for so much."""
-    rho = None if peaks is None else code_scale(peaks, spec)
-    step = weight_step if rho is None else None
-    return Periphery(ranges, seed, *_scales(peaks, spec), step, rho)
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _scales(peaks: Tensor | None, spec: MVMSpec) -> tuple[Tensor | None, Tensor | None]:
-    """What output noise and bounds are relative to, (k, O); None without noise or bound."""
-    noise_scale = bound_scale = None
-    if spec.out_noise:
-        assert peaks is not None
-        noise_scale = scaled_by(peaks, spec.out_noise_per_channel, spec)
-    if spec.out_bound:
-        assert peaks is not None
-        bound_scale = scaled_by(peaks, spec.bound_per_channel, spec)
-    return noise_scale, bound_scale
 
 
 def _operand(x: Tensor, ranges: Tensor | None, w: Tensor, block: Blocks, spec: MVMSpec) -> Operand:
@@ -171,7 +130,7 @@ def _integer_product(
     forward_launch(
         codes,
         held.codes,
-        _periphery(ranges, None, held.peaks, spec, held.step),
+        periphery(ranges, None, held.peaks, spec, held.step),
         bias=bias,
         row_nan=row_nan,
         y=y,
@@ -253,7 +212,7 @@ def gradients_into(
             if not is_kept(marks):
                 shape = plan.marks_shape(x, weight, spec._replace(keep=True))
                 marks = torch.ones(shape, dtype=torch.uint8, device=x.device)
-            codes = _multiplied(weight, clip, seed, peaks, spec) if integers.depth(spec) else w
+            codes = multiplied(weight, clip, seed, peaks, spec) if integers.depth(spec) else w
             clipped = _clipped(x, codes, ranges, peaks, seed, marks, spec)
         if need_x or need_range:
             sums = _input_gradients(g, w, x, ranges, clipped, dx, need_range, spec)
@@ -289,7 +248,7 @@ def _clipped(
     clipped_launch(
         _operand(x, ranges, w, block, spec),
         w,
-        _periphery(ranges, seed, peaks, spec),
+        periphery(ranges, seed, peaks, spec),
         marks=marks,
         bits=bits,
         block=block,

@@ -36,6 +36,37 @@ from analogfx.kernels.triton.device import (
 )
 from analogfx.kernels.triton.inputs import Operand
 from analogfx.kernels.triton.launch import geometry, is_even, is_interpreted, range_mode
+from analogfx.kernels.triton.weights import code_scale, scaled_by
+
+
+@triton.jit
+def summed(x, w, acc, low, SUM: tl.constexpr, PRECISION: tl.constexpr):
+    """A sum of products and one block more.
+
+    Args:
+        SUM: "values", or for the sum of products of codes "codes", and "long" where float32 does
+            not hold it: then it is summed in two numbers, and rounded once.
+    """
+    if SUM == "long":
+        more = dot(x, w, tl.zeros_like(acc), PRECISION)
+        total = acc + more
+        taken = total - acc
+        low += (acc - (total - taken)) + (more - taken)  # what the sum lost, exactly (Knuth)
+        acc = total
+    else:
+        acc = dot(x, w, acc, PRECISION)
+    return acc, low
+
+
+@triton.jit
+def product_of(acc, low, r, INP_RES: tl.constexpr, SUM: tl.constexpr):
+    """A tile's product, float32, from the sum of products of what the DAC gave."""
+    y = acc.to(tl.float32)
+    if SUM == "long":
+        y += low
+    if SUM == "values" and INP_RES > 0:
+        y *= step_of(r, INP_RES)
+    return y
 
 
 @triton.jit
@@ -61,8 +92,7 @@ def tile_product(
 
     Args:
         p_x, p_w: pointers to the block's rows (BLOCK_ROWS, 1) and outputs (1, BLOCK_OUT).
-        SUM: "values", or for the sum of products of codes "codes", and "long" where float32 does
-            not hold it: then it is summed in two numbers, and rounded once.
+        SUM: see :func:`summed`.
     """
     o_in = tl.arange(0, BLOCK_IN)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.int32 if PRECISION == "int8" else tl.float32)
@@ -75,20 +105,8 @@ def tile_product(
             x = dac(x.to(tl.float32), r, RANGE, INP_RES, False)
             x = rounded_to(x, p_w.dtype.element_ty)
         w = tl.load(p_w + o_input[:, None] * stride_wi, mask=m_in[:, None], other=0.0)
-        if SUM == "long":
-            more = dot(x, w, tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32), PRECISION)
-            total = acc + more
-            taken = total - acc
-            low += (acc - (total - taken)) + (more - taken)  # what the sum lost, exactly (Knuth)
-            acc = total
-        else:
-            acc = dot(x, w, acc, PRECISION)
-    y = acc.to(tl.float32)
-    if SUM == "long":
-        y += low
-    if SUM == "values" and INP_RES > 0:
-        y *= step_of(r, INP_RES)
-    return y
+        acc, low = summed(x, w, acc, low, SUM, PRECISION)
+    return product_of(acc, low, r, INP_RES, SUM)
 
 
 @triton.jit
@@ -194,6 +212,32 @@ class Periphery(NamedTuple):
     """(k, O) float32: steps of the ADC for one step of the products of codes, else None."""
 
 
+def periphery(
+    ranges: Tensor | None,
+    seed: Tensor | None,
+    peaks: Tensor | None,
+    spec: MVMSpec,
+    weight_step: Tensor | None = None,
+) -> Periphery:
+    """What stands around the tiles of a site.
+
+    Args:
+        ranges: (k,) or (N, k), None where there are none.
+        peaks: what ``weights.maxima`` gave.
+        weight_step: what a code of the weights stands for, if they are codes.
+    """
+    noise_scale = bound_scale = None
+    if spec.out_noise:
+        assert peaks is not None
+        noise_scale = scaled_by(peaks, spec.out_noise_per_channel, spec)
+    if spec.out_bound:
+        assert peaks is not None
+        bound_scale = scaled_by(peaks, spec.bound_per_channel, spec)
+    rho = None if peaks is None else code_scale(peaks, spec)
+    step = weight_step if rho is None else None
+    return Periphery(ranges, seed, noise_scale, bound_scale, step, rho)
+
+
 def arguments(x: Operand, w: Tensor, around: Periphery) -> dict[str, Any]:
     """Arguments of a kernel that computes tiles' outputs from x (N, I) and w (O, I)."""
     return {
@@ -215,7 +259,7 @@ def arguments(x: Operand, w: Tensor, around: Periphery) -> dict[str, Any]:
     }
 
 
-def _sum_of(spec: MVMSpec, operand: torch.dtype) -> str:
+def sum_of(spec: MVMSpec, operand: torch.dtype) -> str:
     """How ``tile_product`` sums."""
     depth = integers.depth(spec)
     if not depth:
@@ -233,7 +277,7 @@ def constants(x: Operand, w: Tensor, ranges: Tensor | None, block: Blocks) -> di
         "RANGE": range_mode(ranges, spec),
         "CONVERT": x.convert and ranges is not None,
         "INP_RES": float(spec.inp_res) if ranges is not None else 0.0,
-        "SUM": _sum_of(spec, w.dtype),
+        "SUM": sum_of(spec, w.dtype),
         "OUT_NOISE": float(spec.out_noise),
         "OUT_BOUND": float(spec.out_bound),
         "OUT_RES": float(spec.out_res),

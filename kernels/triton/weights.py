@@ -238,6 +238,16 @@ def weight_codes(w: Tensor, clip: Tensor | None, peaks: Tensor, spec: MVMSpec) -
     return out
 
 
+def multiplied(
+    w: Tensor, clip: Tensor | None, seed: Tensor | None, peaks: Tensor | None, spec: MVMSpec
+) -> Tensor:
+    """The weights as the forward product takes them: codes where the site multiplies codes."""
+    if not integers.depth(spec):
+        return modified_weight(w, clip, seed, peaks, spec)
+    assert peaks is not None
+    return weight_codes(w, clip, peaks, spec)
+
+
 def modified_weight(
     w: Tensor, clip: Tensor | None, seed: Tensor | None, peaks: Tensor | None, spec: MVMSpec
 ) -> Tensor:

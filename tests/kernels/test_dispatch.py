@@ -52,14 +52,20 @@ def test_every_config_is_served(monkeypatch, name):
         torch.testing.assert_close(found[key], value, rtol=0, atol=4e-6 * largest, msg=key)
 
 
+@pytest.mark.parametrize("config", ["DAC and ADC", "fast", "everything"])
 @pytest.mark.parametrize("name", [n for n in LAYERS if "linear" not in n])
-def test_convolutions_are_refused_by_name_and_run_in_torch(name):
+def test_every_convolution_is_served(monkeypatch, name, config):
+    monkeypatch.setattr(noise, "normal", philox_normal)
     layer, x = layer_and_input(name, torch.float32)
-    analog = analogfx.analogize(layer, CONFIGS["DAC and ADC"]).to(DEVICE)
-    with pytest.raises(KernelError, match="a convolution runs through torch's own"):
-        analog(x.to(DEVICE))
-    kernels.use("auto")
-    assert analog(x.to(DEVICE)).isfinite().all()
+    found = steps(layer, x, CONFIGS[config])
+    kernels.use("reference")
+    layer, x = layer_and_input(name, torch.float32)
+    expected = steps(layer, x, CONFIGS[config])
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        floating = value is not None and value.is_floating_point()
+        largest = float(value.abs().max()) if floating else 0.0
+        torch.testing.assert_close(found[key], value, rtol=0, atol=4e-6 * largest, msg=key)
 
 
 def spec(**fields):
@@ -114,11 +120,11 @@ def test_a_report_says_what_computes_each_site():
     analog = analogfx.analogize(model, CONFIGS["DAC and ADC"])
     placed = analogfx.report(analog)
     assert placed.kernels == {
-        "0": "torch: a convolution runs through torch's own",
+        "0": "triton: weights; torch.convolution",
         "2": "triton: fused",
     }
     assert str(placed).splitlines()[-2:] == [
-        "1 computed by torch: a convolution runs through torch's own",
+        "1 computed by triton: weights; torch.convolution",
         "1 computed by triton: fused",
     ]
     kernels.use("reference")
