@@ -164,6 +164,18 @@ def serves(reason: str) -> bool:
     return asked != "reference" and not reason
 
 
+def serves_whole(op: str, x: Tensor, weight: Tensor, spec: MVMSpec) -> bool:
+    """Whether the kernels are to serve a product at inference, and leave torch nothing of it.
+
+    Where torch computes the product itself, weights that are held from call to call are faster.
+
+    Raises:
+        KernelError: the kernels were asked for and refuse.
+    """
+    whole = op != "conv" or plan.fuses_conv(x.dtype, spec) or asked == "triton"
+    return serves(refusal(op, x, weight, spec)) and whole
+
+
 def chosen(weight: Tensor, spec: MVMSpec, op: str = "linear") -> str:
     """What computes a site's product, for a report: the kernels and how, or torch and why.
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from analogfx.kernels import linear, noise
 from analogfx.kernels.linear import Gradients
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, reference_only
 
 LARGEST = 1 << 16
 """Elements of an operand up to which calls cost more than arithmetic."""
@@ -54,11 +54,11 @@ class Small(NamedTuple):
 def made(spec: MVMSpec) -> Small | None:
     """The scalars of a site; None for one that is not served here.
 
-    That is one of several tiles or groups, and one whose weights are quantised, whose outputs are
-    noisy, or whose inputs have a range of their own each.
+    That is one of several tiles or groups, one whose weights are quantised, whose outputs are
+    noisy, or whose inputs have a range of their own each, and one that only the reference computes.
     """
     plain = len(spec.in_sizes) == len(spec.out_sizes) == spec.groups == 1
-    others = spec.weight_states or spec.out_noise or spec.activation
+    others = spec.weight_states or spec.out_noise or spec.activation or reference_only(spec)
     if not plain or others or spec.range_mode == "dynamic":
         return None
     dac = spec.range_mode != "none" and spec.inp_res

@@ -75,7 +75,7 @@ def _served_by_kernels(site: FusedSite) -> bool:
         return False
     op = "conv" if site.is_conv else "linear"
     # Of the input's dtype, or the site refuses to run; a stand-in may know nothing of autocast.
-    return dispatch.serves(dispatch.refusal(op, x, weight.to(x.dtype), site.spec))
+    return dispatch.serves_whole(op, x, weight.to(x.dtype), site.spec)
 
 
 def _example(operand: Any) -> Any:

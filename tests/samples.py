@@ -1,5 +1,6 @@
 """Configs, layers and small modules that several tests run over."""
 
+import contextlib
 import copy
 from collections import Counter
 
@@ -10,6 +11,7 @@ import analogfx
 from analogfx.config import resolve
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.capture import bind, capture, default_pattern
+from analogfx.modules.program import explicit_level
 from analogfx.passes import pipeline
 from analogfx.passes.contract import Context
 
@@ -216,3 +218,18 @@ def targets(graph):
     """How many calls of each function or method."""
     called = [n.target for n in graph.nodes if n.op in ("call_function", "call_method")]
     return Counter(called)
+
+
+def result(analog, x, explicit):
+    """Two training steps and an eval forward: everything that they show."""
+    x, shown = x.clone().requires_grad_(), []
+    for training in (True, True, False):
+        analog.train(training)
+        torch.manual_seed(5)
+        with explicit_level() if explicit else contextlib.nullcontext():
+            y = analog(x)
+        generator = torch.Generator().manual_seed(1)
+        y.backward(torch.randn(y.shape, generator=generator, dtype=y.dtype))
+        shown.append(y.detach())
+    grads = {name: p.grad for name, p in analog.named_parameters()}
+    return {"outputs": shown, "x": x.grad, "grads": grads, "state": analog.state_dict()}

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import analogfx
 from analogfx import chip
 from analogfx import config as own
-from analogfx.chip.record import Record
 from analogfx.config import ExpertRange, TorchInferenceRPUConfig, as_config, resolve
 from analogfx.errors import AnalogfxError, ConfigError
 
@@ -75,14 +74,25 @@ def to_lightning(value):
         return getattr(lightning_enums, type(value).__name__)[value.name]
     if not dataclasses.is_dataclass(value):
         return value
-    values = {
-        name: to_lightning(item)
-        for name, item in vars(value).items()
-        if not isinstance(item, (Record, ExpertRange))
-    }
-    for name in ("max_output_size", "packed_projections", "noise_model", "drift_compensation"):
-        values.pop(name, None)
+    own = fields_of_our_own(value)
+    values = {name: to_lightning(item) for name, item in vars(value).items() if name not in own}
     return getattr(lightning, type(value).__name__)(**values)
+
+
+def fields_of_our_own(section):
+    """Names of the fields that aihwkit-lightning's class does not have."""
+    theirs = dataclasses.fields(getattr(lightning, type(section).__name__))
+    return {item.name for item in dataclasses.fields(section)} - {item.name for item in theirs}
+
+
+def switched_off(section):
+    """The same section with the fields of our own at their defaults."""
+    values = {
+        name: switched_off(item) if dataclasses.is_dataclass(item) else item
+        for name, item in vars(section).items()
+        if name not in fields_of_our_own(section)
+    }
+    return type(section)(**values)
 
 
 NUMBERS = {
@@ -133,16 +143,19 @@ class TestSameAsLightning:
     @pytest.mark.parametrize("name", CLASSES)
     def test_fields_and_defaults(self, name):
         expected = plain(getattr(lightning, name)())
-        found = plain(getattr(analogfx, name)())
-        # The fields of our own.
-        mapping = found.get("mapping", found)
-        assert mapping.pop("max_output_size", -1) == -1
-        assert not mapping.pop("packed_projections", False)
-        assert mapping.pop("experts", "shared") == "shared"
-        assert found.pop("noise_model", None) is None
-        assert found.pop("drift_compensation", None) is None
+        made = getattr(analogfx, name)()
+        found = plain(to_lightning(made))
         assert found == expected
-        assert list(found) == list(expected)
+        own = fields_of_our_own(made)
+        assert [name for name in plain(made) if name not in own] == list(expected)
+
+    def test_what_is_our_own_is_off_by_default(self):
+        """A config of Lightning's fields alone means what it means there."""
+        config = TorchInferenceRPUConfig()
+        assert (config.mapping.max_output_size, config.mapping.packed_projections) == (-1, False)
+        assert config.mapping.experts is ExpertRange.SHARED
+        assert config.noise_model is None and config.drift_compensation is None
+        assert switched_off(config) == config
 
     @pytest.mark.parametrize("name", ENUMS)
     def test_enumerations(self, name):
@@ -234,9 +247,7 @@ class TestAsConfig:
     def test_accepts_lightnings_config(self, config):
         config.modifier.type = "NONE"
         config.modifier.enable_during_test = False
-        config.mapping.max_output_size, config.mapping.packed_projections = -1, False
-        config.mapping.experts = "shared"
-        config.noise_model = config.drift_compensation = None
+        config = switched_off(config)
         foreign = to_lightning(config)
         before = copy.deepcopy(foreign)
         assert as_config(foreign) == config

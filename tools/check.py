@@ -156,7 +156,14 @@ def run_on_package(*command: str | Path) -> bool:
 def main() -> int:
     """Run the chosen checks, all of them even if one fails; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CHECKS,
+        default=list(CHECKS),
+        metavar="NAME",
+        help=", ".join(CHECKS),
+    )
     parser.add_argument("--torch", metavar="VERSION", help="the tests of the compiler, with it")
     args = parser.parse_args()
     if args.torch:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from analogfx.api import to_digital
 from analogfx.errors import CompatError
 from analogfx.kernels.held import asked_for
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, reference_only
 from analogfx.kernels.weights import scale
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.sites import required_sites, unwrapped
@@ -94,6 +94,10 @@ def _check(path: str, layer: AnalogModule) -> None:
             f"padding_mode = {base.padding_mode!r}": base.padding_mode != "zeros",
         }
         found = next((f"{name} in a convolution" for name, has in wrong.items() if has), "")
+    programs = layer._analog.programs.values()
+    specs = (one.spec for program in programs for one in program.lowered if one is not None)
+    if reason := next(filter(None, map(reference_only, specs)), ""):
+        raise CompatError(f"{path or type(layer).__name__}: AIHWKIT has no such tile: {reason}")
     if found:
         raise CompatError(
             f"{path or type(layer).__name__}: AIHWKIT has no {found} on its torch tile"

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from analogfx.config import Resolved
 from analogfx.kernels import recurrence
-from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.kernels.spec import MVMSpec, encode, reference_only
 from analogfx.modules.capture import bind, forward_of
 from analogfx.modules.kinds import DRIVERS
 from analogfx.ops import operands
@@ -173,7 +173,8 @@ def whole_of(
     if driver is None:
         return None
     biases = driver.biases(module)
-    if len(biases) != len(sites):
+    # What only the reference computes goes step by step.
+    if len(biases) != len(sites) or any(reference_only(spec) for _, _, spec in sites):
         return None
     made = [
         DrivenSite(weight, bias, state, spec, encode(spec))

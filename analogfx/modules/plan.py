@@ -26,8 +26,8 @@ from analogfx.modules.capture import (
     multiplied,
     reads_weights,
 )
+from analogfx.modules.closed import CALLING_ALONE, refusal
 from analogfx.modules.inherited import inherited_layer, seen_as
-from analogfx.modules.kinds.closed import CALLING_ALONE, refusal
 from analogfx.modules.placement import Placement
 from analogfx.modules.program import Program
 from analogfx.modules.untraced import build_or_run, of_both_modes

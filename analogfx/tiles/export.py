@@ -14,7 +14,7 @@ from analogfx import files
 from analogfx.device import Device, key_of
 from analogfx.errors import CaptureError, ConfigError, Conflict
 from analogfx.kernels import held
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, reference_only
 from analogfx.kernels.weights import maxima, scale
 from analogfx.tiles.rows import Tile
 from analogfx.tiles.sites import Named, named_sites
@@ -121,6 +121,8 @@ def _site(one: Named) -> tuple[dict[str, Any], _Matrices, dict[str, Tensor]]:
     if weight.is_meta:
         raise CaptureError(f"{one.name} has no weights: it is on the meta device")
     spec = lowered.spec
+    if reason := reference_only(spec):
+        raise CaptureError(f"{one.name}: files of tiles cannot hold it: {reason}")
     clip = getattr(one.module, state.clip, None)
     wanted, _ = held.asked_for(weight, clip, spec)
     shared: dict[str, Tensor] = {}

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,8 +8,8 @@ from torch import nn
 
 import analogfx
 from analogfx.config import resolve
-from analogfx.errors import KernelError, OnnxError
-from analogfx.kernels import dispatch, integers, spec
+from analogfx.errors import CaptureError, CompatError, KernelError, OnnxError
+from analogfx.kernels import dispatch, integers, ready, small, spec
 from analogfx.kernels.spec import MVMSpec
 from analogfx.modules.program import build
 
@@ -59,23 +60,19 @@ def test_a_role_takes_scalars_that_both_a_config_and_a_spec_have(role):
 def test_the_scalars_of_every_role_reach_the_fused_op(learned):
     """Each has a value of its own, so that none can stand in another's place."""
     config = analogfx.recipes.afm()
-    config.forward.inp_res, config.forward.out_res = 30, 62
-    config.forward.out_noise, config.forward.out_bound = 0.125, 3.0
-    config.modifier.std_dev, config.modifier.res = 0.25, 14
-    config.modifier.quantization_type = (
-        analogfx.WeightQuantizationType.DISCRETIZE_PER_CHANNEL
-        if learned
-        else analogfx.WeightQuantizationType.DISCRETIZE
-    )
-    config.pre_post.input_range.decay = 0.5
-    config.pre_post.input_range.input_min_percentage = 0.75
+    kind = analogfx.WeightQuantizationType
+    config.modifier.quantization_type = kind.DISCRETIZE_PER_CHANNEL if learned else kind.DISCRETIZE
+    config.modifier.res, config.forward.out_noise = 14, 0.125
     if learned:
         config.clip.type = analogfx.WeightClipType.LEARNABLE_PER_CHANNEL
     resolved = resolve(config)
+    names = sorted({name for role in spec.ROLES.values() for name in role.names})
+    numbers = [name for name in names if type(getattr(resolved, name)) is float]
+    values = {name: 2.0 + number / 64 for number, name in enumerate(numbers)}
+    resolved = dataclasses.replace(resolved, **values)
     (lowered,) = build(nn.Linear(8, 4), resolved, True, ()).lowered
-    values = [v for role in spec.ROLES for v in spec.all_scalars(role, lowered.spec)]
-    assert values == [v for role in spec.ROLES for v in spec.all_scalars(role, resolved)]
-    assert len({*values}) == len(values) - 1 and 0.0 not in values  # two roles hold the states
+    for name in names:
+        assert getattr(lowered.spec, name) == getattr(resolved, name), name
 
 
 @pytest.fixture
@@ -121,9 +118,38 @@ def test_prepared_weights_leave_the_site_to_the_reference(new):
     assert "only the reference computes out_res" in told
 
 
-def test_a_recurrent_layer_refuses(new):
-    with torch.no_grad(), pytest.raises(KernelError, match=r"recurrent layer .* out_res"):
-        model(nn.LSTM(8, 4))(torch.randn(3, 2, 8))
+def test_a_recurrent_layer_goes_step_by_step(new, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = nn.LSTM(8, 4), torch.randn(3, 2, 8)
+    with torch.no_grad():
+        found = model(layer)(x)[0]
+        monkeypatch.setattr(spec, "REFERENCE_ONLY", frozenset())
+        torch.testing.assert_close(found, model(layer)(x)[0])
+
+
+def test_a_product_that_is_made_ready_refuses(new):
+    with pytest.raises(KernelError, match=r"recurrent layer .* out_res"):
+        ready.make(torch.zeros(4, 8), None, torch.ones(1), None, QUANTIZED)
+
+
+def test_a_small_site_is_left_to_the_reference(new):
+    plain = QUANTIZED._replace(weight_states=0.0)
+    assert small.made(plain) is None
+    assert small.made(plain._replace(out_res=0.0)) is not None
+
+
+def test_files_of_tiles_refuse(new, tmp_path):
+    analog = model(nn.Linear(8, 4))
+    with pytest.raises(CaptureError, match=r"files of tiles cannot hold it: .* out_res"):
+        analogfx.export_tiles(analog, tmp_path / "tiles")
+
+
+def test_aihwkit_has_no_such_tile(new):
+    pytest.importorskip("aihwkit")
+    from analogfx.compat import aihwkit
+
+    with pytest.raises(CompatError, match=r"AIHWKIT has no such tile: .* out_res"):
+        aihwkit.export(model(nn.Linear(8, 4)))
 
 
 def test_a_file_refuses(new, tmp_path):

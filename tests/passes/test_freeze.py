@@ -159,7 +159,17 @@ def test_what_the_kernels_serve_stays_one_op(triton):
 
 
 def test_what_the_kernels_refuse_is_no_torch_under_use_triton(triton):
-    module, image = layer_and_input("conv2d", torch.float32)
-    case = with_examples(Case(module, QUIET), image)
+    module, x = layer_and_input("linear", torch.float64)
+    case = with_examples(Case(module, QUIET), x)
     with pytest.raises(dispatch.KernelError, match=r'use\("triton"\), but'):
         case.apply(freeze)
+
+
+@pytest.mark.parametrize(("dtype", "whole"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_convolution_of_torch_holds_its_weights_though_the_kernels_would_make_them(
+    dtype, whole, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "_refused_device", lambda device: "")
+    module, image = nn.Conv2d(2, 16, 2, dtype=dtype), torch.randn(1, 2, 4, 4, dtype=dtype)
+    case = with_examples(Case(module, QUIET), image)
+    assert case.apply(freeze) == [0 if whole else 1]

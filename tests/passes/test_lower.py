@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import operator
 
@@ -14,6 +13,7 @@ from samples import (
     layer_and_input,
     merged,
     product,
+    result,
     roles,
     run,
     targets,
@@ -22,7 +22,6 @@ from samples import (
 
 import analogfx
 from analogfx.kernels import patches
-from analogfx.modules.program import explicit_level
 from analogfx.passes import pipeline
 from analogfx.passes.lower import lower
 
@@ -80,21 +79,6 @@ def test_patches_are_made_only_where_they_are_cut_or_ranged(layer, config, targe
     graph, _ = lowered(module, config)
     assert [n.target for n in fused_ops(graph)] == [target]
     assert (patches.unfold_batched in targets(graph)) is unfolds
-
-
-def result(analog, x, explicit):
-    """Two training steps and an eval forward: everything that they show."""
-    x, shown = x.clone().requires_grad_(), []
-    for training in (True, True, False):
-        analog.train(training)
-        torch.manual_seed(5)
-        with explicit_level() if explicit else contextlib.nullcontext():
-            y = analog(x)
-        generator = torch.Generator().manual_seed(1)
-        y.backward(torch.randn(y.shape, generator=generator, dtype=y.dtype))
-        shown.append(y.detach())
-    grads = {name: p.grad for name, p in analog.named_parameters()}
-    return {"outputs": shown, "x": x.grad, "grads": grads, "state": analog.state_dict()}
 
 
 PAIRS = [(config, layer) for config in CONFIGS for layer in ("linear", "conv2d", "grouped")] + [

@@ -91,3 +91,11 @@ def test_the_page_lists_the_passes_of_a_whole_graph_in_their_order():
     table = page.split("| pass | what it does | when |")[1].split("\n\n")[0]
     listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert listed == [step.__name__ for step in pipeline.WHOLE_GRAPH]
+
+
+def test_no_pass_is_left_out_of_the_contract_that_passes_do_not_import_one_another():
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    contract = text.split('name = "A pass imports no other pass"')[1].split("]")[0]
+    listed = re.findall(r'"analogfx\.passes\.(\w+)"', contract)
+    steps = [*ALL, *pipeline.WHOLE_GRAPH]
+    assert {step.__name__ for step in steps} <= {*listed} and listed == sorted(listed)

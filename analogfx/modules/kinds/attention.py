@@ -62,3 +62,6 @@ def sequences_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 def swapped(x: Tensor) -> Tensor:
     """(N, L, E) as (L, N, E) and back; one sequence, (L, E), as it is."""
     return x if x.dim() < 3 or x.is_nested else x.transpose(0, 1)
+
+
+FORWARDS = {nn.MultiheadAttention.forward: forward}

@@ -44,4 +44,6 @@ def padding_for(
     return compute(None, input, output_size, stride, padding, kernel_size, dims, dilation)
 
 
-KINDS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+FORWARDS = {
+    kind.forward: forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}

@@ -1,4 +1,4 @@
-"""Kinds that stay digital, and why."""
+"""Classes that stay digital, and why."""
 
 from __future__ import annotations
 
