@@ -152,6 +152,7 @@ STEPS = (
     Step("racecheck", 120, sanitized("racecheck")),
     Step("bench 4096", 150, one("race", "--shapes", "1")),
     Step("launches", 60, one("launches")),
+    Step("layers", 120, one("layers")),
     Step("bench 1024", 90, one("race", "--shapes", "0")),
     Step("bench 14336", 150, one("race", "--shapes", "2")),
     Step("ncu", 120, profiled),

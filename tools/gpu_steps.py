@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import functools
 import json
 import statistics
@@ -26,8 +27,10 @@ import roofline
 import torch
 from bench_devices import Cuda, Device, Row, driver, installed
 from bench_layers import EIGHT, LIGHTNING, LINEAR, ONE, TRITON, Mode, Subject
+from bench_rows import Routed
 from roofline import Shape
 
+import analogfx
 from analogfx.kernels import dispatch
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton.blocks import Blocks
@@ -227,11 +230,12 @@ def _torch_launches(call: Callable[[], None]) -> int:
         call()
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    return sum("linear_" not in n and n not in OURS for n in names)
+    products = ("linear_", "conv_forward", "clamp_gradient")
+    return sum(n not in OURS and not n.startswith(products) for n in names)
 
 
 OURS = ("row_max", "modify_weight", "convert_input", "strip_moments", "new_range", "clip_row")
-"""Kernels whose names do not begin with ``linear_``."""
+"""Kernels whose names do not begin with ``linear_`` or ``conv_``."""
 
 CANDIDATES = (
     Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 4), Blocks(128, 64, 64, 4, 3),
@@ -284,6 +288,52 @@ def capture(place: Place, args: argparse.Namespace) -> Iterator[Row]:
                        "ms": round(ms, 4)}  # fmt: skip
 
 
+def _layers(place: Place) -> Iterator[tuple[str, torch.nn.Module, torch.Tensor]]:
+    """Layers that are no linear ones, and an input of each."""
+    device = place.device
+    many = 32 if place.is_real else 1
+    for channels, size in ((256, 56), (512, 14)) if place.is_real else ((16, 6),):
+        conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        for layout in ("channels last", "contiguous"):
+            x = place.tensor(many, channels, size, size)
+            if layout == "channels last":
+                x = x.contiguous(memory_format=torch.channels_last)
+            name = f"3 x 3 convolution, {channels} channels, {many} x {size} x {size}, {layout}"
+            yield name, conv.to(device.place, device.dtype), x
+    for shape in (
+        (Routed(8192, 2048, 4096, 8), Routed(16, 2048, 4096, 8))
+        if place.is_real
+        else (Routed(6, 32, 64, 4),)
+    ):
+        x = place.tensor(shape.rows, shape.inputs)
+        yield str(shape), bench_layers.make_layer(shape, device), x
+
+
+def layers(place: Place, args: argparse.Namespace) -> Iterator[Row]:
+    """A forward and a training step of convolutions and experts, digital and analog."""
+    for name, layer, x in _layers(place):
+        row: Row = {"what": name}
+        for arm, make in (
+            ("digital", bench_layers.digital_arm),
+            ("analog", bench_layers.analogfx_arm),
+        ):
+            try:
+                subject = make(copy.deepcopy(layer), analogfx.recipes.afm())
+                data = bench_layers.Data(x.detach().requires_grad_(), torch.ones_like(x))
+                bench_layers.step(subject, data)
+                if arm == "analog":
+                    batches = analogfx.recipes.afm().pre_post.input_range.init_from_data
+                    bench_layers.close_ranges(subject.module, batches, None)
+                call = functools.partial(bench_layers.step, subject, data)
+                row[f"{arm} step, ms"] = round(place.median(call), 4)
+                subject.module.eval()
+                call = functools.partial(bench_layers.forward, subject, data)
+                row[f"{arm} forward, ms"] = round(place.median(call), 4)
+            except Exception as error:  # what one arm cannot do is a result, too
+                row[f"{arm} failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+        yield row
+
+
 def _ready(
     place: Place, shape: Shape, contender: Any, mode: Mode
 ) -> tuple[Subject, bench_layers.Data, Mode]:
@@ -306,7 +356,8 @@ def _captured(call: Callable[[], None]) -> Callable[[], None]:
 
 
 STEPS: dict[str, Callable[[Place, argparse.Namespace], Iterator[Row]]] = {
-    step.__name__: step for step in (versions, ceilings, small, race, launches, sweep, capture)
+    step.__name__: step
+    for step in (versions, ceilings, small, race, launches, layers, sweep, capture)
 }
 
 

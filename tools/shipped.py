@@ -312,8 +312,9 @@ def _products(
         yield _product(f"linear_forward[{text},{block.text},{kind}]", launch, text)
         if kept and plain:
             bits = _empty(k, n, blocks_of(outputs, 8), dtype=torch.uint8)
-            launch = clipped_launch(x, w, around, marks=marks, bits=bits, block=block)
-            kind = ", ".join(filter(None, kinds))
+            raw = Operand(_empty(n, INPUTS, dtype=data), True, spec)
+            launch = clipped_launch(raw, w, around, marks=marks, bits=bits, block=block)
+            kind = ", ".join(filter(None, (site, variant.text)))
             yield _product(f"linear_clipped[{text},{block.text},{kind}]", launch, text)
 
 

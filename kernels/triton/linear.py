@@ -245,8 +245,10 @@ def _clipped(
     block = blocks.of_forward(x, w, spec)
     shape = len(spec.in_sizes), x.shape[0], (w.shape[0] + 7) // 8
     bits = torch.zeros(shape, dtype=torch.uint8, device=x.device)
+    # By its prologue: most blocks hold no mark, and convert nothing.
+    operand = inputs.operand(x, ranges, w.dtype, 0, False, spec)
     clipped_launch(
-        _operand(x, ranges, w, block, spec),
+        operand,
         w,
         periphery(ranges, seed, peaks, spec),
         marks=marks,
