@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analogfx.kernels import integers, linear, noise, patches
 from analogfx.kernels import reference as ref
-from analogfx.kernels.linear import Gradients
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight, summed_at_once
@@ -83,14 +83,14 @@ def _convolve_in_parts(
 
 
 def _analog_weight(
-    weight: Tensor, clip: Tensor | None, seed: Tensor | None, spec: MVMSpec, codes: bool = False
+    site: Operands, spec: MVMSpec, codes: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The kernel as the tile holds it, and the maximum of each output channel, (1, O)."""
-    matrix = _matrix(weight)
+    matrix = _matrix(site.weight)
     rows = spec._replace(groups=1)  # the rows of all groups are one matrix
-    peaks = maxima(matrix, clip, rows)
-    modified = modified_weight(matrix, clip, seed, peaks, rows, codes)
-    return modified.view(weight.shape), peaks
+    peaks = maxima(matrix, site.clip, rows)
+    modified = modified_weight(matrix, site.clip, site.seed, peaks, rows, codes)
+    return modified.view(site.weight.shape), peaks
 
 
 def _draw(y: Tensor, seed: Tensor | None, spec: MVMSpec) -> Tensor | None:
@@ -102,44 +102,21 @@ def _draw(y: Tensor, seed: Tensor | None, spec: MVMSpec) -> Tensor | None:
     return noise.normal(seed, 1, by_patch, y.dtype).mT.reshape(y.shape)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
-    window: Window,
-    spec: MVMSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(site: Operands, window: Window, spec: MVMSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The site's output, the marks of clipped outputs, and the noisy weights.
-
-    Args:
-        x: (B, C, *image).
-        weight: (O, C / groups, *kernel), of x's dtype.
-        bias: (O,) or None.
-        input_range: (1,) float32, or None for no range.
-        clip: (1, O) or None.
-        seed: int64 (), None unless something is noisy.
 
     Returns:
         ``y`` (B, O, *out) of x's dtype; ``clipped`` uint8 and ``modified``, without elements
         unless the backward keeps them.
     """
-    modified, peaks = _analog_weight(weight, clip, seed, spec, integers.depth(spec) > 0)
-    y, clipped = product(x, modified, peaks, bias, input_range, seed, window, spec)
-    return y, clipped, modified if linear.keeps_weight(weight, spec) else weight.new_empty(0)
+    modified, peaks = _analog_weight(site, spec, integers.depth(spec) > 0)
+    y, clipped = product(site, modified, peaks, window, spec)
+    kept = modified if linear.keeps_weight(site.weight, spec) else site.weight.new_empty(0)
+    return y, clipped, kept
 
 
 def product(
-    x: Tensor,
-    modified: Tensor,
-    peaks: Tensor | None,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    seed: Tensor | None,
-    window: Window,
-    spec: MVMSpec,
+    site: Operands, modified: Tensor, peaks: Tensor | None, window: Window, spec: MVMSpec
 ) -> tuple[Tensor, Tensor]:
     """The site's output and the marks of clipped outputs, by the weights as the tile holds them.
 
@@ -147,6 +124,7 @@ def product(
         modified: codes where the site multiplies codes.
         peaks: (1, O), what scales the channels; None where nothing does.
     """
+    x, _, bias, input_range, _, seed = site
     dims = x.dim() - 2
     r = None if input_range is None else input_range[0]
     codes = integers.depth(spec) > 0
@@ -170,11 +148,7 @@ def product(
 
 def backward(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
@@ -182,28 +156,25 @@ def backward(
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; the arguments are those of ``linear.backward``."""
+    x, input_range = site.x, site.input_range
     r = None if input_range is None else input_range[0]
     peaks = None
     if not linear.is_kept(modified):
-        modified, peaks = _analog_weight(weight, clip, seed, spec)
+        modified, peaks = _analog_weight(site, spec)
     analog_x = linear.converted(x, r, spec)
     if spec.out_bound and grad.numel() and not linear.is_kept(clipped):
-        y = _product_again(x, weight, clip, analog_x, modified, r, window, spec)
+        y = _product_again(site, analog_x, modified, window, spec)
         peak = None if peaks is None else _per_channel(peaks[0], x.dim() - 2)
-        y, bound = linear.tile_output(y, r, peak, _draw(y, seed, spec), spec)
+        y, bound = linear.tile_output(y, r, peak, _draw(y, site.seed, spec), spec)
         assert bound is not None
         clipped = y.abs() > bound
-    operands = x, weight, input_range, clip, analog_x, modified
-    return gradients(ref.wide(grad), clipped, *operands, needs, window, spec)
+    return gradients(ref.wide(grad), site, clipped, analog_x, modified, needs, window, spec)
 
 
 def gradients(
     grad: Tensor,
+    site: Operands,
     clipped: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
     analog_x: Tensor,
     modified: Tensor,
     needs: list[bool],
@@ -218,6 +189,7 @@ def gradients(
         analog_x, modified: the values behind the DAC and those that the tile held, of ``grad``'s
             dtype.
     """
+    x, weight, _, input_range, clip, _ = site
     need_x, need_w, need_bias, need_range, need_clip = needs
     r = None if input_range is None else input_range[0]
     out = Gradients(*(x.new_empty(0) for _ in needs))
@@ -261,21 +233,15 @@ def gradients(
 
 
 def _product_again(
-    x: Tensor,
-    weight: Tensor,
-    clip: Tensor | None,
-    analog_x: Tensor,
-    modified: Tensor,
-    r: Tensor | None,
-    window: Window,
-    spec: MVMSpec,
+    site: Operands, analog_x: Tensor, modified: Tensor, window: Window, spec: MVMSpec
 ) -> Tensor:
     """The product of the forward: of codes where the site multiplies codes."""
     depth = integers.depth(spec)
     if not depth:
         return convolve(analog_x, modified, window, spec.groups)
-    codes, _ = _analog_weight(weight, clip, None, spec, codes=True)
-    analog_x = linear.converted(x, r, spec, codes=True)
+    codes, _ = _analog_weight(site, spec, codes=True)
+    r = None if site.input_range is None else site.input_range[0]
+    analog_x = linear.converted(site.x, r, spec, codes=True)
     return convolve(analog_x, codes, window, spec.groups, None, depth)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from analogfx import versions
 from analogfx.errors import KernelError
 from analogfx.kernels import clip, conv, experts, linear, plan, statistics
-from analogfx.kernels.linear import Gradients
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec, reference_only
 
@@ -202,7 +202,8 @@ def _module(reason: str, name: str, otherwise: ModuleType) -> ModuleType:
 class Implementation(NamedTuple):
     """How one implementation computes the product of one op: a row of the table.
 
-    Every function takes (x, weight, *scalars).
+    Every function takes (x, weight, *scalars). The module has ``forward(site, *scalars)`` and
+    ``backward(grad, site, clipped, modified, needs, *scalars)``, of :class:`Operands`.
     """
 
     refusal: Callable[..., str]
@@ -268,22 +269,25 @@ def keeps_weight(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> bool:
 
 
 def forward(op: str, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The product of one site; see ``linear.forward`` and ``conv.forward``."""
-    chosen = _implementation(op, x, weight, *rest[4:])
-    return _load(chosen.module).forward(x, weight, *rest)
+    """The product of one site, of :class:`Operands` and its scalars one by one."""
+    site, scalars = Operands(x, weight, *rest[:4]), rest[4:]
+    chosen = _implementation(op, x, weight, *scalars)
+    return _load(chosen.module).forward(site, *scalars)
 
 
 def backward(op: str, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Gradients:
-    """Its gradients; see ``linear.backward`` and ``conv.backward``."""
+    """Its gradients.
+
+    Args:
+        rest: range, clip and seed; what the forward kept; what is needed; the scalars.
+    """
     *state, clipped, modified, needs = rest[:6]
-    scalars = rest[6:]
+    scalars, site = rest[6:], Operands(x, weight, None, *state)
     chosen = _implementation(op, x, weight, *scalars)
     # The choice may have been another in the forward.
     if tuple(clipped.shape) != tuple(chosen.clipped_shape(x, weight, *scalars)):
         clipped = clipped.new_empty(0)
-    return _load(chosen.module).backward(
-        grad, x, weight, *state, clipped, modified, needs, *scalars
-    )
+    return _load(chosen.module).backward(grad, site, clipped, modified, needs, *scalars)
 
 
 def update_range(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from analogfx.kernels import linear, noise, statistics
 from analogfx.kernels import reference as ref
-from analogfx.kernels.linear import Gradients
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.spec import ROLES, MVMSpec
 
 # --------------------------------------------------------------------------- in plain torch
@@ -182,54 +182,44 @@ def range_of(input_range: Tensor | None, expert: int) -> Tensor | None:
     return input_range[expert] if own else input_range  # type: ignore[index]
 
 
-def seed_of(seed: Tensor | None, expert: int) -> Tensor | None:
-    """The seed of an expert's noise."""
-    return None if seed is None else seed + expert
-
-
 def clips_of(clip: Tensor | None, experts: int) -> list[Tensor | None]:
     """The clips of each expert, (k, O)."""
     return [None] * experts if clip is None else [*clip.chunk(experts, dim=1)]
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
-    offsets: Tensor,
-    spec: MVMSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def of_experts(
+    site: Operands, offsets: Tensor, spec: MVMSpec
+) -> Iterator[tuple[int, slice, Operands, MVMSpec]]:
+    """The experts that have rows: number, rows, and the operands and scalars of each."""
+    count = site.weight.shape[0]
+    one, clips = of_one(spec, count), clips_of(site.clip, count)
+    for e, rows in spans(offsets):
+        own = Operands(
+            site.x[rows],
+            site.weight[e],
+            None if site.bias is None else site.bias[e],
+            range_of(site.input_range, e),
+            clips[e],
+            None if site.seed is None else site.seed + e,
+        )
+        yield e, rows, own, one
+
+
+def forward(site: Operands, offsets: Tensor, spec: MVMSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the bits of clipped outputs, and the noisy weights; see ``linear.forward``.
 
     Args:
-        x: (N, I), sorted by expert.
-        weight: (E, O, I).
-        bias: (E, O) or None.
-        input_range: (k,) or, of every expert, (E, k); None unless the range is static or fast.
-        clip: (k, E * O) or None.
-        seed: int64 (), None unless something is noisy.
+        site: rows of x come sorted by expert.
         offsets: (E,), where the rows of each expert end.
     """
-    count = weight.shape[0]
-    one, clips = of_one(spec, count), clips_of(clip, count)
+    x, weight = site.x, site.weight
     y = x.new_zeros(out_shape(x, weight))
     clipped = torch.zeros(clipped_shape(x, weight, spec), dtype=torch.uint8, device=x.device)
     keeps = linear.keeps_weight(weight, spec)
     # Large, and not read where an expert has no rows.
     kept = weight.new_empty(weight.shape if keeps else 0, dtype=_wide_dtype(weight))
-    for e, rows in spans(offsets):
-        y[rows], marks, held = linear.forward(
-            x[rows],
-            weight[e],
-            None if bias is None else bias[e],
-            range_of(input_range, e),
-            clips[e],
-            seed_of(seed, e),
-            one,
-        )
+    for e, rows, own, one in of_experts(site, offsets, spec):
+        y[rows], marks, held = linear.forward(own, one)
         if linear.is_kept(clipped):
             clipped[:, rows] = marks
         if linear.is_kept(kept):
@@ -237,19 +227,13 @@ def forward(
     return y, clipped, kept
 
 
-def room_for(
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    needs: list[bool],
-    busy: list[int],
-) -> Gradients:
+def room_for(site: Operands, needs: list[bool], busy: list[int]) -> Gradients:
     """Room for the gradients that are wanted, with 0 for what no row goes through.
 
     Args:
         busy: the experts that have rows.
     """
+    x, weight, _, input_range, clip, _ = site
     like = (x, weight, weight[..., 0], input_range, clip)
     out = Gradients(
         *(
@@ -268,11 +252,7 @@ def room_for(
 
 def backward(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
@@ -280,21 +260,16 @@ def backward(
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; see ``linear.backward``."""
-    count = weight.shape[0]
-    one, clips = of_one(spec, count), clips_of(clip, count)
+    x, count = site.x, site.weight.shape[0]
     of_x, of_weight, of_bias, of_range, of_clip = needs
-    found = [*spans(offsets)]
-    out = room_for(x, weight, input_range, clip, needs, [e for e, _ in found])
+    found = [*of_experts(site, offsets, spec)]
+    out = room_for(site, needs, [e for e, *_ in found])
     out_clips = clips_of(out.clip, count) if of_clip else []
     grad_x = _wide_zeros(x) if of_x or of_range else None
-    for e, rows in found:
+    for e, rows, own, one in found:
         part = linear.backward_to_dac(
             grad[rows],
-            x[rows],
-            weight[e],
-            range_of(input_range, e),
-            clips[e],
-            seed_of(seed, e),
+            own,
             clipped[:, rows] if linear.is_kept(clipped) else clipped,
             modified[e] if linear.is_kept(modified) else modified,
             needs,
@@ -310,12 +285,12 @@ def backward(
             out_clips[e].copy_(part.clip)  # type: ignore[union-attr]
     if grad_x is None:
         return out
-    own = input_range is not None and input_range.dim() == 2
-    end = found[-1][1].stop if found else 0
-    for e, rows in found if own else [(0, slice(0, end))]:
-        grads = linear.through_dac(grad_x[rows], x[rows], range_of(input_range, e), one)
+    apart = site.input_range is not None and site.input_range.dim() == 2
+    end, one = found[-1][1].stop if found else 0, of_one(spec, count)
+    for e, rows in [(e, rows) for e, rows, *_ in found] if apart else [(0, slice(0, end))]:
+        grads = linear.through_dac(grad_x[rows], x[rows], range_of(site.input_range, e), one)
         if of_range:
-            (out.input_range[e] if own else out.input_range).copy_(grads)
+            (out.input_range[e] if apart else out.input_range).copy_(grads)
     return out._replace(x=grad_x.to(x.dtype)) if of_x else out
 
 

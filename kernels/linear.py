@@ -19,7 +19,6 @@ Noise of the weights is stream 0 over the whole matrix, output noise of tile t i
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from torch import Tensor
 from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
 from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.part import Part, summed
 from analogfx.kernels.spec import MVMSpec, scalars
 from analogfx.kernels.weights import (
@@ -42,16 +42,6 @@ from analogfx.kernels.weights import (
 )
 
 _BITS = 8
-
-
-class Gradients(NamedTuple):
-    """Gradients by input; a tensor without elements where none was asked for."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    input_range: Tensor
-    clip: Tensor
 
 
 def out_shape(x: Tensor, weight: Tensor, spec: MVMSpec) -> tuple[int, ...]:
@@ -170,29 +160,14 @@ def any_beyond(y: Tensor, bound: Tensor) -> bool:
     return not bool(y.abs().sub_(bound).max() <= 0)  # a third of the time of the marks
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
-    spec: MVMSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(site: Operands, spec: MVMSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The site's output, the bits of clipped outputs, and the noisy weights.
-
-    Args:
-        x: (..., groups * I), any strides.
-        weight: (O, I), of x's dtype.
-        bias: (O,) or None.
-        input_range: (k,) float32, None unless the range is static or fast.
-        clip: (k, O) or None.
-        seed: int64 (), None unless something is noisy.
 
     Returns:
         ``y`` (..., O) of x's dtype; ``clipped`` uint8 (see :func:`clipped_shape`) and
         ``modified`` (weight's shape), both without elements unless the backward keeps them.
     """
+    x, weight, bias, input_range, clip, seed = site
     rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
     w = grouped(weight, spec.groups, 0)
     streamed = _streams(w, clip, spec)
@@ -287,11 +262,7 @@ def _accumulate(
 
 def backward(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
@@ -301,16 +272,18 @@ def backward(
 
     Args:
         grad: (..., O), gradient of the output.
+        site: without the bias.
         clipped, modified: what the forward returned; computed again where they are empty.
         needs: which of x, weight, bias, input_range, clip to return a gradient for.
     """
-    out = backward_to_dac(grad, x, weight, input_range, clip, seed, clipped, modified, needs, spec)
+    out = backward_to_dac(grad, site, clipped, modified, needs, spec)
+    x = site.x
     need_x, _, _, need_range, _ = needs
     if need_x or need_range:
         rows = grouped(x.reshape(-1, x.shape[-1]), spec.groups, -1)
         if spec.sums:
             out = out._replace(x=summed(out.x, x.dtype, spec.sums))
-        grads = through_dac(out.x, rows, input_range, spec)
+        grads = through_dac(out.x, rows, site.input_range, spec)
         if need_range:
             out = out._replace(input_range=grads)
         of_x = out.x.reshape(x.shape).to(x.dtype) if need_x else x.new_empty(0)
@@ -320,11 +293,7 @@ def backward(
 
 def backward_to_dac(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
@@ -336,6 +305,7 @@ def backward_to_dac(
         That of x is at the product's inputs, (N, I) or (N, groups, I) in the precision of the
         computation: :func:`through_dac` goes on from there. That of the range is left out.
     """
+    x, weight, _, input_range, clip, seed = site
     need_x, need_w, need_bias, need_range, need_clip = needs
     spans = tiles(spec.in_sizes)
     flat = ref.wide(grad.reshape(-1, weight.shape[0]))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from analogfx.kernels import linear, noise
-from analogfx.kernels.linear import Gradients
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.spec import MVMSpec, reference_only
 
 LARGEST = 1 << 16
@@ -130,7 +130,7 @@ def forward(
         bound = (input_range * small.out_bound) * a
         step = bound if small.adc is None else small.adc.of(bound, small.adc.constant)
         if not _TINY < float(step.min()) < _HUGE:  # a row of zeros, or of NaN
-            return linear.forward(x, weight, bias, input_range, None, seed, spec)
+            return linear.forward(Operands(x, weight, bias, input_range, None, seed), spec)
     held, modified = weight, nothing
     if spec.noise_std:
         assert seed is not None
@@ -183,8 +183,8 @@ def backward(
     need_x, need_weight, need_bias, need_range, _ = needs
     noisy = spec.noise_std and modified.dim() < 2
     if noisy or (spec.out_bound and clipped.dim() < 2):  # the forward kept nothing
-        state = (input_range, None, seed, clipped, modified)
-        return linear.backward(grad, x, weight, *state, needs, spec)
+        site = Operands(x, weight, None, input_range, None, seed)
+        return linear.backward(grad, site, clipped, modified, needs, spec)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     flat = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
     g = flat

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from analogfx.kernels import conv, integers, plan
 from analogfx.kernels import reference as ref
-from analogfx.kernels.linear import Gradients, is_kept
+from analogfx.kernels.linear import is_kept
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks, inputs
@@ -25,26 +26,13 @@ from analogfx.kernels.triton.tile import periphery
 from analogfx.kernels.triton.weights import maxima, modified_weight, multiplied
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
-    window: Window,
-    spec: MVMSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(site: Operands, window: Window, spec: MVMSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The site's output, the marks of clipped outputs, and nothing.
 
     Args:
-        x: (B, C, *image), any strides.
-        weight: (O, C / groups, *kernel), of x's dtype: float32, float16 or bfloat16.
-        bias: (O,) or None.
-        input_range: (1,) float32, or None for no range.
-        clip: (1, O) or None.
-        seed: int64 (), None unless something is noisy.
+        site: of float32, float16 or bfloat16.
     """
+    x, weight, bias, input_range, clip, seed = site
     nothing = weight.new_empty(0)
     rows = spec._replace(groups=1)  # the rows of all groups are one matrix
     matrix = weight.flatten(1)
@@ -52,7 +40,7 @@ def forward(
     w = multiplied(matrix, clip, seed, peaks, rows)
     if not plan.fuses_conv(x.dtype, spec):
         held = ref.wide(w).view(weight.shape)
-        return *conv.product(x, held, peaks, bias, input_range, seed, window, spec), nothing
+        return *conv.product(site, held, peaks, window, spec), nothing
     image, spec = _operand(x, input_range, w.dtype, spec)
     y = conv.laid_out(x.new_empty(conv.out_shape(x, weight, window, spec)), x)
     clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -102,11 +90,7 @@ def _converted(
 
 def backward(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     clipped: Tensor,
     modified: Tensor,
     needs: list[bool],
@@ -114,12 +98,12 @@ def backward(
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; the arguments are those of ``conv.backward``."""
+    x, weight, _, input_range, clip, seed = site
     rows = spec._replace(groups=1)
     matrix = weight.flatten(1)
     held = modified_weight(matrix, clip, seed, maxima(matrix, clip, rows), rows)
     if spec.out_bound and grad.numel() and not is_kept(clipped):
-        state = x, weight, None, input_range, clip, seed
-        clipped = forward(*state, window, spec._replace(keep=True))[1]
+        clipped = forward(site, window, spec._replace(keep=True))[1]
     image = x if input_range is None else _converted(x, input_range, x.dtype, True, spec)
-    operands = x, weight, input_range, clip, image, held.view(weight.shape)
-    return conv.gradients(grad, clipped, *operands, needs, window, spec)
+    held = held.view(weight.shape)
+    return conv.gradients(grad, site, clipped, image, held, needs, window, spec)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from analogfx.kernels import integers, plan
 from analogfx.kernels import reference as ref
-from analogfx.kernels.linear import Gradients, is_kept
+from analogfx.kernels.linear import is_kept
+from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks, eight_bit, inputs
 from analogfx.kernels.triton.blocks import Blocks
@@ -36,49 +37,28 @@ from analogfx.kernels.triton.weight_gradient import weight_launches
 from analogfx.kernels.triton.weights import maxima, modified_weight, multiplied
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
-    spec: MVMSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(site: Operands, spec: MVMSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The site's output, the marks of clipped outputs, and nothing.
 
     Args:
-        x: (..., I), any strides.
-        weight: (O, I), of x's dtype: float32, float16 or bfloat16.
-        bias: (O,) or None.
-        input_range: (k,) float32, None unless the range is static or fast.
-        clip: (k, O) or None.
-        seed: int64 (), None unless something is noisy.
+        site: of float32, float16 or bfloat16.
     """
+    x, weight = site.x, site.weight
     # Made in its final shape: an output that is a view may not be written to by what follows.
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     marks = x.new_empty(plan.marks_shape(x, weight, spec), dtype=torch.uint8)
-    forward_into(_rows(out), marks, _rows(x), weight, bias, input_range, clip, seed, spec)
+    forward_into(_rows(out), marks, site._replace(x=_rows(x)), spec)
     return out, marks, weight.new_empty(0)
 
 
-def forward_into(
-    y: Tensor,
-    marks: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
-    spec: MVMSpec,
-) -> None:
+def forward_into(y: Tensor, marks: Tensor, site: Operands, spec: MVMSpec) -> None:
     """Compute the output of :func:`forward` into y, (N, O), and the marks of what was clipped.
 
     Args:
         y: contiguous, as ``marks`` is, of ``plan.marks_shape``.
-        x: (N, I).
+        site: with x (N, I).
     """
+    x, weight, bias, input_range, clip, seed = site
     ranges = inputs.tile_ranges(x, input_range, spec)
     if plan.in_integers(spec):
         _integer_product(x, weight, bias, ranges, clip, y, spec)
@@ -140,19 +120,16 @@ def _integer_product(
 
 def backward(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     marks: Tensor,
     modified: Tensor,
     needs: list[bool],
     spec: MVMSpec,
 ) -> Gradients:
     """Gradients of :func:`forward`; the arguments are those of ``linear.backward``."""
+    x, weight, input_range = site.x, site.weight, site.input_range
     need_x, need_w, need_bias, need_range, _ = needs
-    g, rows = _rows(grad), _rows(x)
+    g, rows = _rows(grad), site._replace(x=_rows(x))
     out = Gradients(*(x.new_empty(0) for _ in needs))
     if need_x:
         out = out._replace(x=torch.empty(x.shape, dtype=x.dtype, device=x.device))
@@ -162,13 +139,13 @@ def backward(
     sums, of_clip = gradients_into(
         _rows(out.x) if need_x else None,
         out.weight if need_w else None,
-        *(g, rows, weight, input_range, clip, seed, marks, needs, spec),
+        *(g, rows, marks, needs, spec),
     )
     if of_clip is not None:
         out = out._replace(clip=of_clip)
     if need_range:
         assert sums is not None and input_range is not None
-        out = out._replace(input_range=range_gradient(sums, rows.shape[0], input_range, spec))
+        out = out._replace(input_range=range_gradient(sums, g.shape[0], input_range, spec))
     if need_bias:
         out = out._replace(bias=bias_gradient(g, weight))
     return out
@@ -183,11 +160,7 @@ def gradients_into(
     dx: Tensor | None,
     dw: Tensor | None,
     g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    input_range: Tensor | None,
-    clip: Tensor | None,
-    seed: Tensor | None,
+    site: Operands,
     marks: Tensor,
     needs: list[bool],
     spec: MVMSpec,
@@ -201,6 +174,7 @@ def gradients_into(
         Sums for :func:`range_gradient`, (2, k), and the gradient of the clips; None for what is
         not wanted.
     """
+    x, weight, _, input_range, clip, seed = site
     _, _, _, need_range, need_clip = needs
     need_x, need_w = dx is not None, dw is not None
     ranges = inputs.tile_ranges(x, input_range, spec)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import unfold
 
 from analogfx.kernels import conv, integers, linear, patches, prepared
+from analogfx.kernels.operands import Operands
 from analogfx.kernels.spec import MVMSpec, encode
 
 W4A8 = {
@@ -81,7 +82,7 @@ def by_hand(x, weight, bias, ranges, spec, noted=None):
 
 def eager(x, weight, bias, ranges, spec, **changed):
     given = None if spec.range_mode == "dynamic" else ranges[: len(spec.in_sizes)]
-    return linear.forward(x, weight, bias, given, None, None, spec._replace(**changed))[0]
+    return linear.forward(Operands(x, weight, bias, given), spec._replace(**changed))[0]
 
 
 def ready(x, weight, bias, ranges, spec):
@@ -154,7 +155,7 @@ def test_convolutions(channels, groups):
     bias, ranges = torch.randn(outputs), torch.tensor([1.5])
     inputs = weight[0].numel()
     spec = MVMSpec([inputs], [outputs], groups, **W8A8)
-    found = conv.forward(x, weight, bias, ranges, None, None, window, spec)[0]
+    found = conv.forward(Operands(x, weight, bias, ranges), window, spec)[0]
     columns = unfold(x, 3, padding=1, stride=(2, 1)).mT.reshape(-1, groups, inputs)
     one = spec._replace(groups=1, out_sizes=[outputs // groups])
     parts = zip(columns.unbind(1), weight.flatten(1).chunk(groups), bias.chunk(groups), strict=True)
@@ -174,7 +175,7 @@ def test_wide_windows():
     window = patches.Window([40, 40], [40, 40], [0, 0], [1, 1])
     x, weight = torch.randn(1, 1, 80, 40), torch.randn(3, 1, 40, 40)
     spec = MVMSpec([1600], [3], **W8A8)
-    found = conv.forward(x, weight, None, torch.tensor([2.0]), None, None, window, spec)[0]
+    found = conv.forward(Operands(x, weight, None, torch.tensor([2.0])), window, spec)[0]
     expected = by_hand(
         unfold(x, 40, stride=40)[0].T, weight.flatten(1), torch.zeros(3), torch.tensor([2.0]), spec
     )
@@ -198,11 +199,12 @@ def test_gradients_are_those_of_floats(keep):
     """
     x, weight, bias, ranges = operands(rows=64)
     spec = spec_of(W8A8 | {"out_bound": 0.5123, "decay": 0.01}, tiles=2)._replace(keep=keep)
-    y, clipped, kept = linear.forward(x, weight, bias, ranges, None, None, spec)
+    site = Operands(x, weight, bias, ranges)
+    y, clipped, kept = linear.forward(site, spec)
     assert (clipped != 0).any() == keep
     grad = torch.randn_like(y)
     needs = [True, True, True, True, False]
-    found = linear.backward(grad, x, weight, ranges, None, None, clipped, kept, needs, spec)
+    found = linear.backward(grad, site, clipped, kept, needs, spec)
     q_w = [
         (w / (w.abs().amax(1, keepdim=True) / 127)).nan_to_num().round()
         * (w.abs().amax(1, keepdim=True) / 127)

@@ -4,6 +4,7 @@ from samples import CONFIGS, TILES, merged
 
 import analogfx
 from analogfx.kernels import linear, ready
+from analogfx.kernels.operands import Operands
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (12,)])
@@ -24,7 +25,7 @@ def test_a_product_made_ready_is_the_product(name, shape):
     with torch.no_grad():
         kept = x.clone()
         product = ready.make(*operands, spec)
-        expected = linear.forward(x, *operands, None, spec)[0]
+        expected = linear.forward(Operands(x, *operands), spec)[0]
         for _ in range(2):
             torch.testing.assert_close(ready.linear(x, product), expected)
         assert torch.equal(x, kept)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from analogfx.kernels import linear, small
+from analogfx.kernels.operands import Operands
 from analogfx.kernels.spec import MVMSpec
 
 RANGE = {"range_mode": "static", "decay": 0.01, "input_min_percentage": 0.95}
@@ -56,7 +57,7 @@ def test_every_bit_is_that_of_the_general_product(name, weight, keep):
     scalars, value = small.made(spec), 1.0 if r is None else float(r)
     assert scalars is not None and small.serves(x, w, value, scalars)
     for b in (bias, None):
-        expected = linear.forward(x, w, b, r, None, seed, spec)
+        expected = linear.forward(Operands(x, w, b, r, None, seed), spec)
         found = small.forward(x, w, b, r, value, seed, scalars)
         same(found, expected)
     kept = expected[1:]
@@ -64,7 +65,9 @@ def test_every_bit_is_that_of_the_general_product(name, weight, keep):
         for needs in ([True] * 4, [False, True, True, True], [True, False, False, False]):
             wanted = [*needs[:3], needs[3] and r is not None, False]
             grad = torch.randn(expected[0].shape)
-            of = linear.backward(grad, inputs, w, r, None, seed, *kept, wanted, spec)
+            of = linear.backward(
+                grad, Operands(inputs, w, None, r, None, seed), *kept, wanted, spec
+            )
             same(small.backward(grad, inputs, w, r, value, seed, *kept, wanted, scalars), of)
 
 
@@ -74,11 +77,11 @@ def test_inputs_of_any_shape_give_an_output_that_may_be_written_to(name, shape):
     x, w, bias, r, seed, spec = case(name, "as made", shape=shape)
     for inputs in (x, x.mT.contiguous().mT if x.dim() > 1 else x):
         y, *kept = small.forward(inputs, w, bias, r, 1.3, seed, small.made(spec))
-        same([y, *kept], linear.forward(inputs, w, bias, r, None, seed, spec))
+        same([y, *kept], linear.forward(Operands(inputs, w, bias, r, None, seed), spec))
         assert not y._is_view()
         needs = [True, True, True, r is not None, False]
         grad = torch.ones(()).expand(y.shape)  # as sum() gives it, without strides
-        of = linear.backward(grad, inputs, w, r, None, seed, *kept, needs, spec)
+        of = linear.backward(grad, Operands(inputs, w, None, r, None, seed), *kept, needs, spec)
         same(small.backward(grad, inputs, w, r, 1.3, seed, *kept, needs, small.made(spec)), of)
 
 

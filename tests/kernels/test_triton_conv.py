@@ -22,7 +22,7 @@ import analogfx
 from analogfx.kernels import conv as plain
 from analogfx.kernels import dispatch, linear, philox, plan
 from analogfx.kernels.patches import Window
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import MVMSpec, encode
 from analogfx.kernels.triton import blocks, conv, weights
 from analogfx.kernels.triton.blocks import Blocks
 
@@ -133,11 +133,10 @@ def data(case, dtype):
 
 def run(implementation, case, d):
     """Outputs and gradients by name."""
-    scalars = case.window, case.spec
-    y, clipped, kept = implementation.forward(*d.inputs(), *scalars)
-    state = d.x, d.weight, d.input_range, d.clip, d.seed, clipped, kept
+    site, scalars = d.inputs(), (case.window, case.spec)
     needs = [True, True, case.bias, d.input_range is not None, d.clip is not None]
-    gradients = implementation.backward(d.grad, *state, needs, *scalars)
+    y, *kept = implementation.forward(site, *scalars)
+    gradients = implementation.backward(d.grad, site, *kept, needs, *scalars)
     named = {f"gradient of {name}": t for name, t in gradients._asdict().items()}
     return {"output": y} | {n: t for n, t in named.items() if t.numel() or not y.numel()}
 
@@ -191,10 +190,10 @@ def fused(monkeypatch):
 def test_results_do_not_depend_on_blocks(monkeypatch):
     case, dtype = CASES["more than a block"], torch.bfloat16
     d = data(case, dtype)
-    expected, clipped = run(conv, case, d), conv.forward(*d.inputs(), case.window, case.spec)[1]
+    expected, clipped = run(conv, case, d), conv.forward(d.inputs(), case.window, case.spec)[1]
     monkeypatch.setattr(blocks, "choose", lambda *_: Blocks(16, 32, 16, 4, 1))
     found = run(conv, case, d)
-    assert torch.equal(conv.forward(*d.inputs(), case.window, case.spec)[1], clipped)
+    assert torch.equal(conv.forward(d.inputs(), case.window, case.spec)[1], clipped)
     assert clipped.any() and not clipped.all()
     exact = {n: t.cpu().double() for n, t in expected.items()}
     assert_as_good(found, exact, {n: t.cpu() for n, t in expected.items()}, dtype)
@@ -207,7 +206,7 @@ def test_output_noise_is_philox_by_patch_and_channel():
     d.weight.fill_(1.0)
     quiet = case.spec._replace(out_noise=0.0)
     noisy, still = (
-        conv.forward(*d.inputs(), case.window, spec)[0].float() for spec in (case.spec, quiet)
+        conv.forward(d.inputs(), case.window, spec)[0].float() for spec in (case.spec, quiet)
     )
     draw = philox.normal(torch.tensor(SEED), 1, noisy.numel()).view(2, 12, 3).mT.reshape(2, 3, 4, 3)
     expected = draw * 0.5 * float(d.input_range)
@@ -219,7 +218,7 @@ def test_output_noise_is_philox_by_patch_and_channel():
 def test_the_output_has_the_memory_format_of_the_image(layout):
     d = data(Case(ADC, layout=layout), torch.bfloat16)
     case = Case(ADC)
-    y, clipped, kept = conv.forward(*d.inputs(), case.window, case.spec)
+    y, clipped, kept = conv.forward(d.inputs(), case.window, case.spec)
     assert y.stride() == clipped.stride() and kept.numel() == 0
     last = y.is_contiguous(memory_format=torch.channels_last)
     assert last == (layout == "channels last") and clipped.dtype == torch.uint8
@@ -230,8 +229,8 @@ def test_nan_and_infinity_pass_as_in_torch():
     case = Case(ADC)
     d = data(case, torch.bfloat16)
     d.x[0, 1, 2, 2], d.x[1, 0, 0, 0], d.x[1, 2, 4, 4] = float("nan"), float("inf"), float("-inf")
-    found = conv.forward(*d.inputs(), case.window, case.spec)[0].cpu()
-    expected = plain.forward(*d.to(None, "cpu").inputs(), case.window, case.spec)[0]
+    found = conv.forward(d.inputs(), case.window, case.spec)[0].cpu()
+    expected = plain.forward(d.to(None, "cpu").inputs(), case.window, case.spec)[0]
     assert torch.equal(found.isnan(), expected.isnan())
     assert found.isnan().any() and found.isfinite().any()
 
@@ -286,3 +285,12 @@ def test_a_model_of_convolutions_trains_by_the_kernels(dtype):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", ["everything", "channels last", "one axis", "depthwise"])
+def test_fakes_are_as_what_they_stand_for(name):
+    case = CASES[name]
+    op = torch.ops.analogfx.analog_conv.default
+    arguments = (*data(case, torch.bfloat16).inputs(), encode(case.window), encode(case.spec))
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

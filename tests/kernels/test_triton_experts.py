@@ -10,7 +10,8 @@ import analogfx
 from analogfx import kernels, ops
 from analogfx.errors import KernelError
 from analogfx.kernels import dispatch, noise, plan
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.operands import Operands
+from analogfx.kernels.spec import MVMSpec, encode
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "triton", "poisoned"),
@@ -98,7 +99,7 @@ def test_no_rows_at_all():
 
 
 def test_marks_of_experts_do_not_overlap():
-    spec = MVMSpec([6, 6], [OUTPUTS * EXPERTS], range_mode="static", out_bound=1.0, keep=True)
+    spec = MVMSpec([6, 6], [OUTPUTS] * EXPERTS, range_mode="static", out_bound=1.0, keep=True)
     weight = torch.empty(EXPERTS, OUTPUTS, INPUTS)
     for ends in ([1, 2, 3, 40], [16, 32, 48, 64], [17, 17, 17, 17], [0, 0, 0, 33]):
         room, _ = plan.expert_marks_shape(torch.empty(ends[-1], INPUTS), weight, spec)
@@ -118,9 +119,21 @@ def test_a_report_says_what_computes_experts():
 
 
 def test_refusals_are_those_of_one_expert():
-    spec = MVMSpec([5, 7], [OUTPUTS * EXPERTS])
+    spec = MVMSpec([5, 7], [OUTPUTS] * EXPERTS)
     x, weight = torch.empty(3, INPUTS), torch.empty(EXPERTS, OUTPUTS, INPUTS)
     reason = dispatch.refusal("experts", x, weight, ENDS, spec)
     assert "even split" in reason
     with pytest.raises(KernelError, match="even split"):
         dispatch.serves(reason)
+
+
+def test_fakes_are_as_what_they_stand_for():
+    spec = MVMSpec(
+        [6, 6], [OUTPUTS] * EXPERTS, range_mode="static", out_bound=1.0, noise_std=0.1, keep=True
+    )
+    x, weight = torch.randn(37, INPUTS), torch.randn(EXPERTS, OUTPUTS, INPUTS)
+    operands = Operands(x, weight, None, torch.ones(2), None, torch.tensor(3))
+    arguments = (*(t if t is None else t.to(DEVICE) for t in operands), ENDS.to(DEVICE))
+    op = torch.ops.analogfx.analog_experts.default
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (*arguments, encode(spec)), test_utils=checks)

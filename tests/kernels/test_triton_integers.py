@@ -6,6 +6,7 @@ from test_integers import SITES, W4A8, W8A8, by_hand, operands, spec_of
 from triton_cases import DEVICE
 
 from analogfx.kernels import integers, linear, plan
+from analogfx.kernels.operands import Operands
 from analogfx.kernels.triton import blocks
 from analogfx.kernels.triton import linear as kernels
 from analogfx.kernels.triton.blocks import Blocks
@@ -20,7 +21,7 @@ def computed(given, spec, **changed):
     """The output of the kernels, and what the backward is given."""
     x, weight, bias, ranges = (t.to(DEVICE) for t in given)
     ranges = None if spec.range_mode == "dynamic" else ranges[: len(spec.in_sizes)]
-    found = kernels.forward(x, weight, bias, ranges, None, None, spec._replace(**changed))
+    found = kernels.forward(Operands(x, weight, bias, ranges), spec._replace(**changed))
     return [t.cpu() for t in found]
 
 
@@ -69,13 +70,10 @@ def test_what_a_bound_clips_is_found_again():
     found = []
     for implementation in (linear, kernels):
         place = "cpu" if implementation is linear else DEVICE
-        state = [t.to(place) for t in (x, weight, ranges)]
-        _, marks, kept = implementation.forward(
-            *state[:2], bias.to(place), state[2], None, None, spec
-        )
+        site = Operands(*(t.to(place) for t in (x, weight, bias, ranges)))
+        _, marks, kept = implementation.forward(site, spec)
         assert marks.any()
-        rest = None, None, marks, kept, needs, spec
-        gradients = implementation.backward(grad.to(place), *state, *rest)
+        gradients = implementation.backward(grad.to(place), site, marks, kept, needs, spec)
         found.append([t.cpu() for t in gradients[:4]])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -55,7 +55,7 @@ def test_results_do_not_depend_on_blocks(monkeypatch, name, prepared):
     case = UNLIKE[name]
     (dtype,) = case.dtypes
     d = data(case, dtype)
-    expected, marks = run(linear, case, d), linear.forward(*d.inputs(), case.spec)[1]
+    expected, marks = run(linear, case, d), linear.forward(d.inputs(), case.spec)[1]
     deep = 32 if plan.in_integers(case.spec) else 16  # what an int8 product needs on sm_90
     monkeypatch.setattr(blocks, "choose", lambda *_: Blocks(16, 64, deep, 4, 1))
     monkeypatch.setattr(blocks, "ELEMENTS", 128)
@@ -64,7 +64,7 @@ def test_results_do_not_depend_on_blocks(monkeypatch, name, prepared):
     monkeypatch.setattr(plan, "REUSED", 0 if prepared else 99)
     monkeypatch.setattr(plan, "FEW", 0)
     found = run(linear, case, d)
-    assert torch.equal(linear.forward(*d.inputs(), case.spec)[1], marks)
+    assert torch.equal(linear.forward(d.inputs(), case.spec)[1], marks)
     assert marks.any() == case.spec.keep
     exact = {n: t.cpu().double() for n, t in expected.items()}
     assert_as_good(found, exact, {n: t.cpu() for n, t in expected.items()}, dtype)
@@ -77,7 +77,7 @@ def test_output_noise_is_philox_by_element_and_tile():
         quiet = spec.spec._replace(out_noise=0.0)
         d.weight.zero_()
         d.weight[:, [0, 5, 9]] = 1.0  # a maximum of 1 in every tile
-        drawn = linear.forward(*d.inputs(), spec.spec)[0] - linear.forward(*d.inputs(), quiet)[0]
+        drawn = linear.forward(d.inputs(), spec.spec)[0] - linear.forward(d.inputs(), quiet)[0]
         seed = torch.tensor(SEED)
         expected = sum(
             philox.normal(seed, t + 1, drawn.numel()).view(drawn.shape) * 0.5 * float(r)
@@ -94,14 +94,14 @@ def test_nan_and_infinity_pass_as_in_torch():
         spec = case.spec._replace(range_mode=mode)
         if mode == "dynamic":
             d.input_range = None
-        found = linear.forward(*d.inputs(), spec)[0].cpu()
+        found = linear.forward(d.inputs(), spec)[0].cpu()
         expected = oracle_forward(spec, d)
         torch.testing.assert_close(found, expected, equal_nan=True)
         assert found.isnan().any() and found.isfinite().any()
 
 
 def oracle_forward(spec, d):
-    return plain.forward(*d.to(None, "cpu").inputs(), spec)[0]
+    return plain.forward(d.to(None, "cpu").inputs(), spec)[0]
 
 
 def test_no_input_is_written():
@@ -116,23 +116,22 @@ def test_what_is_kept_is_a_mark_for_a_patch_of_outputs_and_tile():
     case = Case(ADC, TILES, 70, lead=(35,))
     d = data(case, torch.float32)
     d.x[:16] *= 0.01  # nothing is clipped in the first patch of rows
-    y, marks, modified = linear.forward(*d.inputs(), case.spec)
+    y, marks, modified = linear.forward(d.inputs(), case.spec)
     assert marks.dtype == torch.uint8 and marks.shape == (3, 3, 3) and modified.numel() == 0
     assert marks[:, 0].eq(0).all() and marks[:, 1:].eq(1).any()
     seen = {"y": y, "marks": marks}
-    again = linear.forward(*d.inputs(), case.spec)
+    again = linear.forward(d.inputs(), case.spec)
     assert torch.equal(again[0], seen["y"]) and torch.equal(again[1], marks)
 
 
 def test_only_marked_blocks_are_computed_again(monkeypatch):
     case = Case(ADC, TILES, 70, lead=(35,))
     d = data(case, torch.float32)
-    forward = linear.forward(*d.inputs(), case.spec)
-    state = d.x, d.weight, d.input_range, d.clip, d.seed
+    forward = linear.forward(d.inputs(), case.spec)
 
     def gradients(marks):
         needs = [True, True, True, True, False]
-        return linear.backward(d.grad, *state, marks, forward[2], needs, case.spec)
+        return linear.backward(d.grad, d.inputs(), marks, forward[2], needs, case.spec)
 
     right, all_marked = gradients(forward[1]), gradients(torch.ones_like(forward[1]))
     none = gradients(torch.zeros_like(forward[1]))
@@ -154,7 +153,7 @@ def test_eight_bit_inference(fields, shape):
     case = Case({**EIGHT_BIT, **fields}, **shape)
     assert plan.in_integers(case.spec)
     d = data(case, torch.bfloat16)
-    found = {"output": linear.forward(*d.inputs(), case.spec)[0]}
+    found = {"output": linear.forward(d.inputs(), case.spec)[0]}
     # Not by the float64 oracle alone: half of a maximum lies on a tie of 254 states.
     same = {"output": oracle_forward(case.spec, d)}
     exact = {"output": oracle_forward(case.spec, d.to(torch.float64))}
@@ -166,7 +165,7 @@ def test_an_integer_hides_no_nan(mode):
     case = Case({**EIGHT_BIT, "range_mode": mode}, TILES, lead=(70,))
     d = data(case, torch.bfloat16)
     d.x[1, 2], d.x[2, 6] = float("nan"), float("inf")
-    found = linear.forward(*d.inputs(), case.spec)[0].cpu()
+    found = linear.forward(d.inputs(), case.spec)[0].cpu()
     expected = oracle_forward(case.spec, d)
     assert torch.equal(found.isnan(), expected.isnan())
     assert found[1].isnan().all() and found[0].isfinite().all()

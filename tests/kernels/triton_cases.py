@@ -9,6 +9,7 @@ import torch
 
 from analogfx.kernels import linear as plain
 from analogfx.kernels import noise, philox
+from analogfx.kernels.operands import Operands
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import weights
 
@@ -131,7 +132,8 @@ class Data:
     grad: torch.Tensor
 
     def inputs(self):
-        return self.x, self.weight, self.bias, self.input_range, self.clip, self.seed
+        tensors = self.x, self.weight, self.bias, self.input_range, self.clip, self.seed
+        return Operands(*tensors)
 
     def to(self, dtype=None, device=None):
         def move(t):
@@ -211,9 +213,9 @@ def needs_of(case, d):
 
 def run(implementation, case, d):
     """Outputs and gradients by name."""
-    y, clipped, kept = implementation.forward(*d.inputs(), case.spec)
-    state = d.x, d.weight, d.input_range, d.clip, d.seed, clipped, kept
-    gradients = implementation.backward(d.grad, *state, needs_of(case, d), case.spec)
+    site, needs = d.inputs(), needs_of(case, d)
+    y, *kept = implementation.forward(site, case.spec)
+    gradients = implementation.backward(d.grad, site, *kept, needs, case.spec)
     named = {f"gradient of {name}": t for name, t in gradients._asdict().items()}
     return {"output": y} | {n: t for n, t in named.items() if t.numel() or not y.numel()}
 
