@@ -16,7 +16,7 @@ from analogfx.config import Resolved, TorchInferenceRPUConfig, WeightQuantizatio
 from analogfx.errors import ConfigError, Conflict, PlacementError
 from analogfx.kernels import changes, dispatch
 from analogfx.kernels.clip import clip_matrix, clip_part, moments
-from analogfx.kernels.spec import MVMSpec
+from analogfx.kernels.spec import ROLES, MVMSpec
 from analogfx.kernels.weights import maxima, modified_weight
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.modules.program import AnalogSite
@@ -234,12 +234,9 @@ def quantize_weights(analog: nn.Module) -> None:
 def _quantized(module: AnalogModule, site: AnalogSite) -> Tensor:
     """One site's weight, clipped and quantised tile by tile, (O, I)."""
     config = module._analog.resolved
-    spec = MVMSpec(
-        list(site.in_sizes),
-        list(site.out_sizes),
-        weight_states=config.weight_states,
-        weight_per_channel=config.weight_per_channel,
-    )
+    names = {"weight_per_channel", *ROLES["clip"].names, *ROLES["quantize"].names}
+    scalars: dict[str, Any] = {name: getattr(config, name) for name in names}
+    spec = MVMSpec(list(site.in_sizes), list(site.out_sizes), **scalars)
     matrix = dense_weight(module, site).flatten(1)
     clip = shards.whole(getattr(module, site.state.clip)) if config.learnable_clip else None
     return modified_weight(matrix, clip, None, maxima(matrix, clip, spec), spec)

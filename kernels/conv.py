@@ -35,8 +35,18 @@ def laid_out(y: Tensor, x: Tensor) -> Tensor:
 
 
 def out_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:
-    """Shape of the output."""
-    return [x.shape[0], weight.shape[0], *window.out_size(list(x.shape[2:]))]
+    """Shape of the output.
+
+    Raises:
+        RuntimeError: the image, padded, is smaller than the kernel.
+    """
+    out = window.out_size(list(x.shape[2:]))
+    if any(size < 1 for size in out):
+        raise RuntimeError(
+            f"the kernel {tuple(window.kernel_size)} with dilation {tuple(window.dilation)} is "
+            f"larger than the image {tuple(x.shape[2:])} with padding {tuple(window.padding)}"
+        )
+    return [x.shape[0], weight.shape[0], *out]
 
 
 def clipped_shape(x: Tensor, weight: Tensor, window: Window, spec: MVMSpec) -> list[int]:

@@ -247,12 +247,15 @@ def _clip_range(clip: Tensor) -> Tensor:
     return torch.where(clip == 0, 1.0, clip.abs())
 
 
-def clip_weight(w: Tensor, clip: Tensor) -> Tensor:
+def clip_weight(w: Tensor, clip: Tensor, weight_states: float = 0.0) -> Tensor:
     """Clamp ``w`` to its learned range, by way of w / clip as the reference does.
 
     Args:
         clip: broadcasts against w.
+        weight_states: quantise into so many steps of that range; 0 for none.
     """
+    if weight_states:
+        return quantize_weight(w, wide(clip).abs(), weight_states)
     scale = _clip_range(wide(clip))
     scaled = wide(w) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     return scaled.clamp_(-1.0, 1.0).mul_(scale)

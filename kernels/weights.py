@@ -138,7 +138,8 @@ def modified_weight(
             quantized = ref.weight_codes if codes else ref.quantize_weight
             part = quantized(part, spread, *scalars("quantize", spec))
         elif clips is not None:
-            part = ref.clip_weight(part, _spread(clips[b], spec.in_sizes))
+            spread = _spread(clips[b], spec.in_sizes)
+            part = ref.clip_weight(part, spread, *scalars("clip", spec))
         if sigma is None:
             out[b] = part
         else:

@@ -127,13 +127,23 @@ def environment(device: Device) -> Row:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, "-dirty" if files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit of the checkout, "-dirty" if files differ from it; None outside git.
+
+    What runs leave, rows and the pages that are made of them, is no difference.
+    """
+    left = (":!tools/*_rows.jsonl", ":!docs")
+    commands = (
+        ["git", "describe", "--always", "--exclude=*"],
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *left],
+    )
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        name, changed = (
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            for command in commands
+        )
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return f"{name}-dirty" if name and changed else name or None
 
 
 # ------------------------------------------------------------------------------------ keeping

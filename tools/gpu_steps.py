@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import copy
 import functools
 import json
 import statistics
@@ -160,7 +159,7 @@ def _rate(name: str, size: int, ms: float) -> Row:
 
 
 def small(place: Place, args: argparse.Namespace) -> Iterator[Row]:
-    """Two training steps and 8-bit inference of a small layer: what a sanitizer watches."""
+    """Small layers, trained and at inference: what a sanitizer watches."""
     for contender in (ONE, EIGHT):
         for what in ("initialisation step", "saturated step", "8-bit forward"):
             mode, data = bench_layers.MODES[what], bench_layers.make_data(SMALL, place.device)
@@ -169,6 +168,15 @@ def small(place: Place, args: argparse.Namespace) -> Iterator[Row]:
             mode.call(subject, data)
             place.device.synchronize()
             yield {"what": what, "tiles": contender.tiles, "launches": counted.total()}
+    for name, make, x in _layers(place, small=True):
+        try:
+            subject = bench_layers.analogfx_arm(make(), analogfx.recipes.afm())
+        except ImportError:
+            continue  # experts are transformers'
+        counted.clear()
+        bench_layers.step(subject, bench_layers.Data(x.requires_grad_(), torch.ones_like(x)))
+        place.device.synchronize()
+        yield {"what": name, "launches": counted.total()}
 
 
 def race(place: Place, args: argparse.Namespace) -> Iterator[Row]:
@@ -235,7 +243,7 @@ def _torch_launches(call: Callable[[], None]) -> int:
 
 
 OURS = ("row_max", "modify_weight", "convert_input", "strip_moments", "new_range", "clip_row")
-"""Kernels whose names do not begin with ``linear_`` or ``conv_``."""
+"""Kernels that compute no product."""
 
 CANDIDATES = (
     Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 4), Blocks(128, 64, 64, 4, 3),
@@ -288,41 +296,37 @@ def capture(place: Place, args: argparse.Namespace) -> Iterator[Row]:
                        "ms": round(ms, 4)}  # fmt: skip
 
 
-def _layers(place: Place) -> Iterator[tuple[str, torch.nn.Module, torch.Tensor]]:
-    """Layers that are no linear ones, and an input of each."""
+def _layers(place: Place, small: bool) -> Iterator[tuple[str, Callable[[], torch.nn.Module], Any]]:
+    """Layers that are no linear ones, as what makes them, with an input of each."""
     device = place.device
-    many = 32 if place.is_real else 1
-    for channels, size in ((256, 56), (512, 14)) if place.is_real else ((16, 6),):
-        conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
+    many, sizes = (1, ((16, 6),)) if small else (32, ((256, 56), (512, 14)))
+    for channels, size in sizes:
         for layout in ("channels last", "contiguous"):
             x = place.tensor(many, channels, size, size)
             if layout == "channels last":
                 x = x.contiguous(memory_format=torch.channels_last)
+            conv = functools.partial(torch.nn.Conv2d, channels, channels, 3, padding=1)
             name = f"3 x 3 convolution, {channels} channels, {many} x {size} x {size}, {layout}"
-            yield name, conv.to(device.place, device.dtype), x
-    for shape in (
-        (Routed(8192, 2048, 4096, 8), Routed(16, 2048, 4096, 8))
-        if place.is_real
-        else (Routed(6, 32, 64, 4),)
-    ):
-        x = place.tensor(shape.rows, shape.inputs)
-        yield str(shape), bench_layers.make_layer(shape, device), x
+            yield name, lambda conv=conv: conv().to(device.place, device.dtype), x
+    routed = (Routed(8192, 2048, 4096, 8), Routed(16, 2048, 4096, 8))
+    for shape in (Routed(6, 32, 64, 4),) if small else routed:
+        layer = functools.partial(bench_layers.make_layer, shape, device)
+        yield str(shape), layer, place.tensor(shape.rows, shape.inputs)
 
 
 def layers(place: Place, args: argparse.Namespace) -> Iterator[Row]:
     """A forward and a training step of convolutions and experts, digital and analog."""
-    for name, layer, x in _layers(place):
+    arms = {"digital": bench_layers.digital_arm, "analog": bench_layers.analogfx_arm}
+    for name, make, x in _layers(place, small=not place.is_real):
         row: Row = {"what": name}
-        for arm, make in (
-            ("digital", bench_layers.digital_arm),
-            ("analog", bench_layers.analogfx_arm),
-        ):
+        for arm, subject_of in arms.items():
             try:
-                subject = make(copy.deepcopy(layer), analogfx.recipes.afm())
+                config = analogfx.recipes.afm()
+                subject = subject_of(make(), config)
                 data = bench_layers.Data(x.detach().requires_grad_(), torch.ones_like(x))
                 bench_layers.step(subject, data)
                 if arm == "analog":
-                    batches = analogfx.recipes.afm().pre_post.input_range.init_from_data
+                    batches = config.pre_post.input_range.init_from_data
                     bench_layers.close_ranges(subject.module, batches, None)
                 call = functools.partial(bench_layers.step, subject, data)
                 row[f"{arm} step, ms"] = round(place.median(call), 4)

@@ -166,7 +166,6 @@ def _convolutions(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
         if "channels last" in name:
             x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
         scales, seed = _empty(1, outputs), _empty(dtype=torch.int64)
-        table = _empty(1 + len(kernel), inputs, dtype=torch.int32)
         for kind, fields in {"ADC": {}, "ADC, output noise": {"out_noise": 0.05}}.items():
             spec = MVMSpec(
                 [inputs], [outputs], groups, "static", inp_res=254.0, keep=True, **ADC, **fields
@@ -174,7 +173,6 @@ def _convolutions(text: str, dtype: torch.dtype) -> Iterator[Shipped]:
             around = Periphery(_empty(1), seed, scales, scales)
             launch = conv_launch(
                 x,
-                table,
                 w,
                 around,
                 window,

@@ -84,28 +84,31 @@ define(
 )
 
 
-def _clip_weight(w: Tensor, clip: Tensor, weight_states: float, experts: int = 1) -> Tensor:
-    if weight_states:
-        return ref.quantize_weight(w, ref.wide(clip).abs().unsqueeze(-1), weight_states)
-    return ref.clip_weight(w, clip.unsqueeze(-1))
+_CLIP = ROLES["clip"]
+
+
+def _clip_weight(w: Tensor, clip: Tensor, *settings: Any) -> Tensor:
+    return ref.clip_weight(w, clip.unsqueeze(-1), *settings[: len(_CLIP.forward)])
 
 
 def _clip_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    w, clip, ctx.weight_states, *ctx.experts = inputs
+    w, clip, *settings = inputs
+    ctx.count, ctx.experts = len(settings), settings[len(_CLIP.names) :]
+    ctx.settings = dict(zip(_CLIP.names, settings, strict=False))
     ctx.save_for_backward(w, clip)
 
 
 def _clip_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     w, clip = ctx.saved_tensors
-    grad_w, grad_clip = ref.weight_backward(grad, w, clip, ctx.weight_states)
+    grad_w, grad_clip = ref.weight_backward(grad, w, clip, ctx.settings["weight_states"])
     for count in ctx.experts:
         grad_clip = grad_clip * experts.shared_factor(count)
-    return (grad_w.to(w.dtype), grad_clip.to(clip.dtype), None, *(None for _ in ctx.experts))
+    return (grad_w.to(w.dtype), grad_clip.to(clip.dtype), *(None for _ in range(ctx.count)))
 
 
 define(
     "clip_weight",
-    "Tensor w, Tensor clip, float weight_states, int experts=1",
+    f"Tensor w, Tensor clip, {_CLIP.schema}, int experts=1",
     "Tensor",
     _clip_weight,
     lambda w, *_: wide_like(w),

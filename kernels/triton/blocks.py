@@ -72,7 +72,8 @@ TABLE: dict[tuple[str, str], dict[torch.dtype, Blocks]] = {
         **_half_and_float(Blocks(16, 64, 32, 4, 3, 255), Blocks(16, 64, 32, 4, 3, 255)),
         torch.int8: Blocks(16, 64, 64, 4, 3, 255),
     },
-    # Elements of patches are loaded one by one, each with an address and a place in the image.
+    # Elements of patches are loaded one by one, each with an address and a place in the image; for
+    # three axes, or where patches end within 16 elements, there is less room for an accumulator.
     ("conv", "many"): _half_and_float(Blocks(128, 64, 32, 8, 3), Blocks(32, 64, 32, 8, 2, 255)),
     ("conv, unaligned", "many"): _half_and_float(
         Blocks(64, 64, 32, 8, 3), Blocks(32, 64, 32, 8, 2, 255)
@@ -110,7 +111,7 @@ def of_forward(x: Tensor, w: Tensor, spec: MVMSpec) -> Blocks:
 
 def of_conv(y: Tensor, w: Tensor) -> Blocks:
     """Blocks of the convolution that gives y (B, O, *out) by w (O, inputs of a patch)."""
-    product = "conv, unaligned" if w.shape[1] % 16 else "conv"
+    product = "conv, unaligned" if w.shape[1] % 16 or y.dim() > 4 else "conv"
     return choose(product, w.dtype, y.numel() // max(y.shape[1], 1))
 
 

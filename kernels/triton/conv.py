@@ -9,10 +9,11 @@ clipped, a byte for each output.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from analogfx.kernels import conv, integers, plan
 from analogfx.kernels import reference as ref
@@ -21,7 +22,7 @@ from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.patches import Window
 from analogfx.kernels.spec import MVMSpec
 from analogfx.kernels.triton import blocks, inputs
-from analogfx.kernels.triton.conv_forward import conv_launch, offsets_table
+from analogfx.kernels.triton.conv_forward import conv_launch
 from analogfx.kernels.triton.tile import periphery
 from analogfx.kernels.triton.weights import maxima, modified_weight, multiplied
 
@@ -37,18 +38,18 @@ def forward(site: Operands, window: Window, spec: MVMSpec) -> tuple[Tensor, Tens
     rows = spec._replace(groups=1)  # the rows of all groups are one matrix
     matrix = weight.flatten(1)
     peaks = maxima(matrix, clip, rows)
-    w = multiplied(matrix, clip, seed, peaks, rows)
+    w = multiplied(matrix, clip, seed, peaks, rows).contiguous()
+    shape = conv.out_shape(x, weight, window, spec)
     if not plan.fuses_conv(x.dtype, spec):
         held = ref.wide(w).view(weight.shape)
         return *conv.product(site, held, peaks, window, spec), nothing
     image, spec = _operand(x, input_range, w.dtype, spec)
-    y = conv.laid_out(x.new_empty(conv.out_shape(x, weight, window, spec)), x)
-    clipped = torch.empty(0, dtype=torch.uint8, device=x.device)
-    if spec.keep and spec.out_bound:
-        clipped = torch.empty_like(y, dtype=torch.uint8)
+    options: Any = {"device": x.device, "memory_format": suggest_memory_format(x)}
+    y = torch.empty(shape, dtype=x.dtype, **options)
+    marks = spec.keep and spec.out_bound
+    clipped = torch.empty(shape if marks else 0, dtype=torch.uint8, **options if marks else {})
     conv_launch(
         image,
-        offsets_table(image, weight.shape[1], window),
         w,
         periphery(input_range, seed, peaks, rows),
         window,
@@ -64,9 +65,9 @@ def forward(site: Operands, window: Window, spec: MVMSpec) -> tuple[Tensor, Tens
 def _operand(
     x: Tensor, input_range: Tensor | None, dtype: torch.dtype, spec: MVMSpec
 ) -> tuple[Tensor, MVMSpec]:
-    """The image behind the DAC in a dtype, and the spec with the DAC that is left to do."""
+    """The image behind the DAC in a dtype, dense, and the spec with the DAC that is left to do."""
     if input_range is None:
-        return x.to(dtype), spec
+        return conv.laid_out(x, x).to(dtype), spec
     fine = not integers.depth(spec) and plan.largest_code(spec.inp_res) > plan.EXACT[dtype]
     image = _converted(x, input_range, dtype, fine, spec)
     return image, spec._replace(inp_res=0.0) if fine else spec
@@ -77,15 +78,21 @@ def _converted(
 ) -> Tensor:
     """An image behind the DAC, codes or values, dense and in x's memory format.
 
-    Element by element, so the image is taken for a matrix of any shape.
+    Element by element: it is taken for rows of as many as a program converts, and what is left.
     """
     dense = conv.laid_out(x, x)
-    columns = math.gcd(x.numel(), 1024)
-    matrix = dense.as_strided((x.numel() // columns, columns), (columns, 1))
-    one = spec._replace(in_sizes=[columns])
-    return inputs.converted(matrix, input_range, dtype, values, one).as_strided(
-        dense.shape, dense.stride()
-    )
+    out = torch.empty_like(dense, dtype=dtype)
+    rows = x.numel() // blocks.COLUMNS
+    for first, shape in (
+        (0, (rows, blocks.COLUMNS)),
+        (rows * blocks.COLUMNS, (1, x.numel() - rows * blocks.COLUMNS)),
+    ):
+        if 0 in shape:
+            continue
+        source, target = (t.as_strided(shape, (shape[1], 1), first) for t in (dense, out))
+        one = spec._replace(in_sizes=[shape[1]])
+        inputs.convert_launch(source, input_range, target, None, values, one).run()
+    return out
 
 
 def backward(
@@ -105,5 +112,7 @@ def backward(
     if spec.out_bound and grad.numel() and not is_kept(clipped):
         clipped = forward(site, window, spec._replace(keep=True))[1]
     image = x if input_range is None else _converted(x, input_range, x.dtype, True, spec)
-    held = held.view(weight.shape)
+    held = held.reshape(weight.shape)
+    if clip is not None:  # whose gradient is a sum over the weight's
+        grad, image, held = map(ref.wide, (grad, image, held))
     return conv.gradients(grad, site, clipped, image, held, needs, window, spec)

@@ -7,15 +7,13 @@ group. An element of a patch stands in the image where its patch begins, and so 
 
     x[b, c, i + j] = x[base(b, i) + offset(c, j)]    i: the patch's corner, j: a kernel offset
 
-Offsets come from a table; what falls outside of the image is 0, which the DAC leaves 0.
+What falls outside of the image is 0, which the DAC leaves 0.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,7 +103,6 @@ def store_outputs(
 @triton.jit
 def conv_forward(
     p_x,
-    p_table,
     p_w,
     p_bias,
     p_range,
@@ -131,7 +128,14 @@ def conv_forward(
     pad_0,
     pad_1,
     pad_2,
+    taps,
+    kernel_1,
+    kernel_2,
+    dilation_0,
+    dilation_1,
+    dilation_2,
     stride_xb,
+    stride_xc,
     stride_xg,
     stride_x0,
     stride_x1,
@@ -182,15 +186,17 @@ def conv_forward(
     for begin in range(0, n_inputs, BLOCK_IN):
         o_input = begin + o_k
         m_in = o_input < n_inputs
-        offset = tl.load(p_table + o_input, mask=m_in, other=0)
-        inside = m_in[None, :]
-        along = tl.load(p_table + n_inputs + o_input, mask=m_in, other=0)
-        inside = inside & within(at_2[:, None] + along[None, :], size_2)
+        tap = o_input % taps
+        along = tap % kernel_2 * dilation_2
+        offset = (o_input // taps) * stride_xc + along * stride_x2
+        inside = m_in[None, :] & within(at_2[:, None] + along[None, :], size_2)
         if AXES > 1:
-            along = tl.load(p_table + 2 * n_inputs + o_input, mask=m_in, other=0)
+            along = tap // kernel_2 % kernel_1 * dilation_1
+            offset += along * stride_x1
             inside = inside & within(at_1[:, None] + along[None, :], size_1)
         if AXES > 2:
-            along = tl.load(p_table + 3 * n_inputs + o_input, mask=m_in, other=0)
+            along = tap // kernel_2 // kernel_1 * dilation_0
+            offset += along * stride_x0
             inside = inside & within(at_0[:, None] + along[None, :], size_0)
         x = tl.load(p_x + (base[:, None] + offset[None, :]), mask=inside, other=0.0)
         w = tl.load(p_outputs + o_input[:, None], mask=m_in[:, None], other=0.0)
@@ -214,39 +220,8 @@ def conv_forward(
     )  # fmt: skip
 
 
-def offsets_table(x: Tensor, channels: int, window: Window) -> Tensor:
-    """Where the elements of a patch stand in an image, int32 (1 + axes, channels * prod(kernel)).
-
-    The first row is the distance to the patch's corner in elements, those after it the position
-    along each axis, the last axis first.
-
-    Args:
-        x: (B, C, *image).
-        channels: of one group.
-    """
-    geometry = tuple(window.kernel_size), tuple(window.dilation)
-    return _offsets_table(x.stride()[1:], channels, *geometry, x.device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _offsets_table(
-    strides: tuple[int, ...],
-    channels: int,
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    device: torch.device,
-) -> Tensor:
-    axes = [range(0, k * d, d) for k, d in zip(kernel_size, dilation, strict=True)]
-    kernel = torch.tensor([*itertools.product(*axes)], dtype=torch.int64)
-    distance = torch.arange(channels).unsqueeze(1) * strides[0]
-    distance = distance + (kernel * torch.tensor(strides[1:])).sum(1)
-    along = kernel.flip(1).T.repeat(1, channels)
-    return torch.cat([distance.view(1, -1), along]).to(device, torch.int32)
-
-
 def conv_launch(
     x: Tensor,
-    table: Tensor,
     w: Tensor,
     around: Periphery,
     window: Window,
@@ -257,10 +232,10 @@ def conv_launch(
     bias: Tensor | None = None,
     clipped: Tensor | None = None,
 ) -> Launch:
-    """The convolution of an image x (B, C, *image), behind the DAC, by w (O, inputs of a patch).
+    """The convolution of an image, dense and behind the DAC, by w (O, inputs of a patch).
 
     Args:
-        table: of :func:`offsets_table`, on x's device.
+        x: (B, C, *image).
         w: contiguous, of x's dtype.
         spec: the site's, without the DAC where ``x`` holds what its codes stand for.
         y: (B, O, *out), dense, its axes of the image side by side in memory.
@@ -281,9 +256,8 @@ def conv_launch(
         (blocks_of(rows, block.rows) * blocks_of(per_group, block.outputs), spec.groups),
         {
             "p_x": x,
-            "p_table": table,
             "p_w": w,
-            "p_bias": bias,
+            "p_bias": None if bias is None else bias.contiguous(),
             "p_range": around.ranges,
             "p_code_scale": around.code_scale,
             "p_noise_scale": around.noise_scale,
@@ -300,7 +274,11 @@ def conv_launch(
             **{f"size_{axis}": size for axis, size in enumerate(sizes)},
             **{f"step_{axis}": step for axis, step in enumerate(steps)},
             **{f"pad_{axis}": pad for axis, pad in enumerate(pads)},
+            "taps": math.prod(window.kernel_size),
+            **{f"kernel_{axis}": three(window.kernel_size, 1)[axis] for axis in (1, 2)},
+            **{f"dilation_{axis}": d for axis, d in enumerate(three(window.dilation, 1))},
             "stride_xb": x.stride(0),
+            "stride_xc": x.stride(1),
             "stride_xg": x.stride(1) * (x.shape[1] // spec.groups),
             **{f"stride_x{axis}": stride for axis, stride in enumerate(strides)},
             "stride_yb": y.stride(0),

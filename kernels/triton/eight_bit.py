@@ -37,6 +37,7 @@ class _Kept(NamedTuple):
 
     weight: Stamp
     clip: tuple[weakref.ref[Tensor], Stamp] | None
+    """What the clip is a part of, and its stamp."""
     codes: Codes
 
     def fits(self, weight: Tensor, clip: Tensor | None) -> bool:
@@ -45,7 +46,7 @@ class _Kept(NamedTuple):
         if clip is None or self.clip is None:
             return clip is None and self.clip is None
         before, then = self.clip
-        return before() is clip and changes.unchanged(clip, then)
+        return before() is changes.owner(clip) and changes.unchanged(clip, then)
 
 
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -67,7 +68,9 @@ def prepare(weight: Tensor, clip: Tensor | None, spec: MVMSpec) -> Codes:
     key = part, of_spec, spec.weight_per_channel, stream
     found = kept.get(key)
     if found is None or not found.fits(weight, clip):
-        clip_then = None if clip is None else (weakref.ref(clip), changes.stamp(clip))
+        clip_then = None
+        if clip is not None:
+            clip_then = weakref.ref(changes.owner(clip)), changes.stamp(clip)
         codes = _quantised(weight, clip, spec)
         found = kept[key] = _Kept(changes.stamp(weight), clip_then, codes)
     return found.codes

@@ -203,7 +203,7 @@ def forward_launch(
         (blocks_of(x.x.shape[0], block.rows) * blocks_of(w.shape[0], block.outputs),),
         {
             **arguments(x, w, around),
-            "p_bias": bias,
+            "p_bias": None if bias is None else bias.contiguous(),
             "p_row_nan": row_nan,
             "p_y": y,
             "p_marks": marks,

@@ -48,6 +48,9 @@ class Case:
     bias: bool = True
     clip: bool = False
     layout: str = "contiguous"
+    """Of the image and the gradient."""
+    parameters: str = "contiguous"
+    """Layout of weight and bias."""
     dtypes: tuple = (torch.bfloat16,)
 
     @property
@@ -92,6 +95,12 @@ CASES = {
     "point": Case(ADC, kernel=(1, 1), padding=(0, 0)),
     "channels last": Case({**ADC, **NOISY}, layout="channels last", dtypes=HALF),
     "every second": Case(ADC, layout="every second"),
+    "a part of a weight": Case(ADC, parameters="a part"),
+    "every second weight": Case({**ADC, **NOISY}, parameters="every second"),
+    "a transposed kernel of 1": Case(
+        ADC, kernel=(1, 1), padding=(0, 0), parameters="transposed", dtypes=ALL
+    ),
+    "one weight for all": Case(STATIC, parameters="expanded"),
     "no image": Case(ADC, (0, 4, 6, 5)),
     "more than a block": Case(
         {**ADC, **NOISY}, (2, 8, 9, 8), 70, kernel=(3, 3), padding=(1, 1), dtypes=HALF
@@ -107,6 +116,21 @@ def laid_out(t, layout):
     return t
 
 
+def stored(t, layout):
+    """The same values with other strides, in a larger tensor."""
+    if layout == "a part":
+        return torch.cat([t, t], 1)[:, : t.shape[1]] if t.dim() > 1 else torch.cat([t, t])[: len(t)]
+    if layout == "every second":
+        return torch.stack([t, -t], 1).flatten(0, 1)[::2]
+    if layout == "transposed":
+        return (
+            t.transpose(0, -1).contiguous().transpose(0, -1)
+            if t.dim() < 2
+            else (t.transpose(0, 1).contiguous().transpose(0, 1))
+        )
+    return t[:1].expand(t.shape) if layout == "expanded" else t
+
+
 def data(case, dtype):
     g = torch.Generator().manual_seed(sum(case.image) + case.outputs)
 
@@ -119,8 +143,8 @@ def data(case, dtype):
     y = [case.image[0], case.outputs, *case.window.out_size(list(case.image[2:]))]
     made = Data(
         laid_out(x.to(dtype), case.layout),
-        w.to(dtype),
-        normal(case.outputs).to(dtype) if case.bias else None,
+        stored(w.to(dtype), case.parameters),
+        stored(normal(case.outputs).to(dtype), case.parameters) if case.bias else None,
         1 + torch.rand(1, generator=g) if ranged else None,
         (0.2 + 0.5 * torch.rand(1, case.outputs, generator=g)).to(dtype) if case.clip else None,
         torch.tensor(SEED),
@@ -128,7 +152,7 @@ def data(case, dtype):
     )
     if made.clip is not None:
         made.clip[0, 0] *= -1  # acts by its magnitude
-    return made.to(None, DEVICE)
+    return made.to(None, DEVICE) if DEVICE.type != "cpu" else made
 
 
 def run(implementation, case, d):
@@ -251,6 +275,23 @@ def test_a_forward_that_kept_nothing_is_done_again():
     kept = run(conv, case, d)
     again = run(conv, Case({**ADC, **NOISY, "keep": False}), d)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_image_smaller_than_the_kernel_is_an_error(dtype):
+    analog = analogfx.analogize(nn.Conv2d(4, 16, 3, dtype=dtype), {"forward": {}}).to(DEVICE)
+    with pytest.raises(RuntimeError, match=r"kernel \(3, 3\).* larger than the image \(2, 2\)"):
+        analog(torch.zeros(1, 4, 2, 2, dtype=dtype, device=DEVICE))
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_transposed_convolution_of_kernel_1_is_that_of_torch():
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 16, 1, dtype=torch.bfloat16)
+    analog = analogfx.analogize(layer, {"pre_post": {"input_range": {"enable": True}}}).to(DEVICE)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.bfloat16, device=DEVICE).clamp(-1, 1)
+    torch.testing.assert_close(analog.eval()(x).cpu(), layer(x.cpu()), rtol=0.02, atol=0.02)
 
 
 def test_a_wide_image_is_refused():

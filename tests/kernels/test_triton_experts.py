@@ -12,6 +12,7 @@ from analogfx.errors import KernelError
 from analogfx.kernels import dispatch, noise, plan
 from analogfx.kernels.operands import Operands
 from analogfx.kernels.spec import MVMSpec, encode
+from analogfx.kernels.triton import eight_bit
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "triton", "poisoned"),
@@ -87,6 +88,38 @@ def test_experts_without_a_bias(monkeypatch):
 
 def test_bfloat16(monkeypatch):
     compared(merged(CONFIGS["fast"], TILES), monkeypatch, 2e-2, dtype=torch.bfloat16)
+
+
+def test_a_bias_whose_values_do_not_lie_side_by_side(monkeypatch):
+    """As the transpose of a parameter has them."""
+    torch.manual_seed(0)
+    bank = Bank(bias=False)
+    bank.turned = nn.Parameter(torch.randn(OUTPUTS, EXPERTS))
+
+    def with_bias(self, x, offsets):
+        return ops.experts.grouped_linear(x, self.weight, self.turned.T, offsets)
+
+    monkeypatch.setattr(Bank, "forward", with_bias)
+    analog = analogfx.analogize(bank, CONFIGS["DAC and ADC"]).eval().to(DEVICE)
+    x, offsets = torch.randn(37, INPUTS, device=DEVICE), ENDS.to(DEVICE)
+    found = analog(x, offsets)
+    kernels.use("reference")
+    torch.testing.assert_close(found, analog(x, offsets), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_are_kept_from_call_to_call(monkeypatch):
+    config = merged(CONFIGS["DAC and ADC"], {"clip": {"type": "LearnablePerChannel"}})
+    config = merged(config, {"forward": {"inp_res": 254}})
+    config = merged(config, {"modifier": {"res": 254, "quantization_type": "DiscretizePerChannel"}})
+    analog = analogfx.analogize(Bank(True), config).eval().to(DEVICE)
+    made, quantised = [], eight_bit._quantised
+    monkeypatch.setattr(eight_bit, "_quantised", lambda *args: made.append(1) or quantised(*args))
+    x, offsets = torch.randn(37, INPUTS, device=DEVICE), ENDS.to(DEVICE)
+    with torch.no_grad():
+        first = analog(x, offsets)
+        assert torch.equal(analog(x, offsets), first) and len(made) == 3
+        analog.learnable_weight_clip *= 0.5
+        assert not torch.equal(analog(x, offsets), first) and len(made) == 6
 
 
 def test_no_rows_at_all():
