@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import parts, row_blocks
+from analogfx.kernels.by_block import parts, row_blocks
 
 
 def clip_rows(matrix: Tensor, sigma: float) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.by_block import row_blocks
 from analogfx.kernels.operands import Gradients, Operands
 from analogfx.kernels.part import Part, summed
 from analogfx.kernels.spec import MVMSpec, scalars

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from analogfx.kernels import integers, noise
 from analogfx.kernels import reference as ref
-from analogfx.kernels.blocks import row_blocks
+from analogfx.kernels.by_block import row_blocks
 from analogfx.kernels.part import Part, largest_of_tiles
 from analogfx.kernels.spec import MVMSpec, scalars
 

@@ -12,12 +12,12 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch.fx import Graph, GraphModule
 
 from analogfx.backend import graph as dynamo
-from analogfx.backend.checkpoint import inline_checkpoints, keep_results
 from analogfx.backend.context import DynamoContext
 from analogfx.backend.feed import Feed
-from analogfx.backend.frozen import Folded
+from analogfx.backend.folded import Folded
 from analogfx.backend.options import Options, parse
 from analogfx.backend.placement import feed_of
+from analogfx.backend.recompute import inline_checkpoints, keep_results
 from analogfx.errors import ConfigError, Conflict
 from analogfx.modules.analog_module import AnalogModule
 from analogfx.passes import pipeline

@@ -4,7 +4,7 @@ from torch import nn
 
 import analogfx
 from analogfx import recipes
-from analogfx.kernels import blocks, linear
+from analogfx.kernels import by_block, linear
 
 
 @pytest.mark.parametrize("max_input_size", [-1, 14])
@@ -18,7 +18,7 @@ def test_weights_read_block_by_block_give_the_same(monkeypatch, max_input_size, 
     x = torch.randn(2, 5, 40, dtype=dtype)
     whole, ideal = layer(x), analogfx.to_digital(layer)(x)
     monkeypatch.setattr(linear, "_STREAMED", 1)
-    monkeypatch.setattr(blocks, "BLOCK", 64)
+    monkeypatch.setattr(by_block, "BLOCK", 64)
     torch.testing.assert_close(layer(x), whole)
     assert (whole - ideal).abs().max() > 0.05  # the bound acts
 
