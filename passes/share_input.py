@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from analogfx.kernels import prepared
-from analogfx.kernels.spec import encode
+from analogfx.kernels.spec import encode, scalars
 from analogfx.passes.contract import Context, sweep
 from analogfx.passes.frozen import keep
 from analogfx.passes.sites import (
@@ -71,11 +71,11 @@ def _groups(graph: Graph, context: Context) -> list[list[Node]]:
 def _difference(first: Node, second: Node, context: Context) -> str:
     """What keeps two sites from being rows of tiles side by side; empty if nothing does."""
     a, b = spec_of(first), spec_of(second)
-    if (a.range_mode, a.inp_res, a.in_sizes) != (b.range_mode, b.inp_res, b.in_sizes):
+    if (scalars("dac", a), a.in_sizes) != (scalars("dac", b), b.in_sizes):
         return "another resolution, range mode or cut of the inputs"
-    if (a.out_bound, a.out_res) != (b.out_bound, b.out_res):
+    if scalars("adc", a) != scalars("adc", b):
         return "another resolution or bound of the outputs"
-    if a.weight_states != b.weight_states:
+    if scalars("quantize", a) != scalars("quantize", b):
         return "another number of weight states"
     ranges: tuple[Any, Any] = (first.args[RANGE], second.args[RANGE])
     if None not in ranges and not context.same_value(*ranges):
