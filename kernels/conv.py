@@ -197,7 +197,7 @@ def gradients(
         grad: (B, O, *out), of the dtype that the gradients' products are to have.
         clipped: what a bound clipped; without elements where there is none.
         analog_x, modified: the values behind the DAC and those that the tile held, of ``grad``'s
-            dtype.
+            dtype: with a learned clip, the precision of the computation.
     """
     x, weight, _, input_range, clip, _ = site
     need_x, need_w, need_bias, need_range, need_clip = needs
@@ -229,11 +229,11 @@ def gradients(
             grad_range = _range_grad(*wide, r, window, spec)
         out = out._replace(input_range=grad_range.view(1))
     if need_x:
-        grad_x = grad_x if r is None else ref.wide(grad_x) * ref.inside(x, r)
+        grad_x = grad_x if r is None else grad_x * ref.inside(x, r)
         out = out._replace(x=laid_out(grad_x.to(x.dtype), x))
     if clip is not None and (need_w or need_clip):
         flat, grad_clip = ref.weight_backward(
-            ref.wide(_matrix(grad_w)), _matrix(weight), clip[0], spec.weight_states
+            _matrix(grad_w), _matrix(weight), clip[0], spec.weight_states
         )
         grad_w = flat.view(weight.shape)
         out = out._replace(clip=grad_clip.unsqueeze(0).to(clip.dtype))

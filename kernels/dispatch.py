@@ -108,20 +108,16 @@ def refusal(op: str, x: Tensor, weight: Tensor, *scalars: Any) -> str:
 
 
 def _refused_linear(x: Tensor, weight: Tensor, spec: MVMSpec) -> str:
-    if reason := _refused_dtype(x.dtype):
+    if reason := _refused_dtypes(x, weight):
         return reason
-    if weight.dtype != x.dtype:
-        return f"the input is {x.dtype}, the weight {weight.dtype}"
     if spec.groups != 1:
         return f"the product has {spec.groups} groups: the kernels take one matrix"
     return _refused_tiles(spec)
 
 
 def _refused_conv(x: Tensor, weight: Tensor, *scalars: Any) -> str:
-    if reason := _refused_dtype(x.dtype):
+    if reason := _refused_dtypes(x, weight):
         return reason
-    if weight.dtype != x.dtype:
-        return f"the input is {x.dtype}, the weight {weight.dtype}"
     if x.dim() > 2 and x[:1].numel() >= 1 << 31:
         return "an image has 2**31 elements or more: the kernels count them in 32 bits"
     return _refused_tiles(scalars[-1])
@@ -129,6 +125,12 @@ def _refused_conv(x: Tensor, weight: Tensor, *scalars: Any) -> str:
 
 def _refused_experts(x: Tensor, weight: Tensor, *scalars: Any) -> str:
     return _refused_linear(x, weight, experts.of_one(scalars[-1], weight.shape[0]))
+
+
+def _refused_dtypes(x: Tensor, weight: Tensor) -> str:
+    if weight.dtype != x.dtype and not _refused_dtype(x.dtype):
+        return f"the input is {x.dtype}, the weight {weight.dtype}"
+    return _refused_dtype(x.dtype)
 
 
 def _refused_dtype(dtype: torch.dtype) -> str:

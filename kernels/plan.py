@@ -97,8 +97,9 @@ def expert_marks_shape(x: Tensor, weight: Tensor, *scalars: object) -> tuple[int
 def fuses_conv(dtype: torch.dtype, spec: MVMSpec) -> bool:
     """Whether a convolution is one launch, and not the vendor's product in float32.
 
-    The vendor's is faster for float32, and for groups of few outputs, as depthwise convolutions
-    have them: a block of outputs lies within one group.
+    Not measured yet: the vendor's is taken to be faster for float32, whose blocks are small in
+    Triton, and for groups of few outputs, as depthwise convolutions have them, since a block of
+    outputs lies within one group.
     """
     return dtype != torch.float32 and sum(spec.out_sizes) >= LEAST_OUTPUTS * spec.groups
 

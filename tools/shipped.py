@@ -31,7 +31,6 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.uint8: "u8",
-    torch.int32: "i32",
     torch.int64: "i64",
 }
 N, INPUTS, OUTPUTS = 8192, 4096, 4096

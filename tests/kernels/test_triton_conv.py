@@ -119,23 +119,20 @@ def laid_out(t, layout):
 def stored(t, layout):
     """The same values with other strides, in a larger tensor."""
     if layout == "a part":
-        return torch.cat([t, t], 1)[:, : t.shape[1]] if t.dim() > 1 else torch.cat([t, t])[: len(t)]
+        axis = min(t.dim() - 1, 1)
+        return torch.cat([t, t], axis).narrow(axis, 0, t.shape[axis])
     if layout == "every second":
         return torch.stack([t, -t], 1).flatten(0, 1)[::2]
-    if layout == "transposed":
-        return (
-            t.transpose(0, -1).contiguous().transpose(0, -1)
-            if t.dim() < 2
-            else (t.transpose(0, 1).contiguous().transpose(0, 1))
-        )
+    if layout == "transposed" and t.dim() > 1:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
     return t[:1].expand(t.shape) if layout == "expanded" else t
 
 
 def data(case, dtype):
     g = torch.Generator().manual_seed(sum(case.image) + case.outputs)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=g)
+    def normal(*shape):  # on its device at once: a move may give a tensor other strides
+        return torch.randn(shape, generator=g).to(DEVICE)
 
     x = normal(*case.image)
     w = 0.3 * normal(case.outputs, case.image[1] // case.groups, *case.kernel)
@@ -145,14 +142,14 @@ def data(case, dtype):
         laid_out(x.to(dtype), case.layout),
         stored(w.to(dtype), case.parameters),
         stored(normal(case.outputs).to(dtype), case.parameters) if case.bias else None,
-        1 + torch.rand(1, generator=g) if ranged else None,
-        (0.2 + 0.5 * torch.rand(1, case.outputs, generator=g)).to(dtype) if case.clip else None,
-        torch.tensor(SEED),
+        1 + normal(1).sigmoid() if ranged else None,
+        (0.2 + 0.5 * normal(1, case.outputs).sigmoid()).to(dtype) if case.clip else None,
+        torch.tensor(SEED, device=DEVICE),
         laid_out(normal(*y).to(dtype), case.layout),
     )
     if made.clip is not None:
         made.clip[0, 0] *= -1  # acts by its magnitude
-    return made.to(None, DEVICE) if DEVICE.type != "cpu" else made
+    return made
 
 
 def run(implementation, case, d):
